@@ -1,0 +1,1 @@
+"""Pallas kernels of the delta rule: arrays in, arrays out. Knows JAX and nothing else."""

@@ -1,0 +1,1 @@
+"""Training of delta-rule language models: `python -m train`."""
