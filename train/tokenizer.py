@@ -1,0 +1,87 @@
+"""Text to token ids and back: raw bytes by default, or a Hugging Face `tokenizers` JSON file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+# Names under which published tokenizers keep their end-of-document token, tried in this order.
+COMMON_EOS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline and the sampler need of a tokenizer."""
+
+    vocab_size: int
+    eos_id: int
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """UTF-8 bytes -> ids int32 [N], with no end-of-document token."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Ids -> text; ids without text (end of document, padding of the vocabulary) vanish."""
+        ...
+
+
+class ByteTokenizer:
+    """Ids 0..255 are the bytes themselves, 256 ends (and starts) a document."""
+
+    vocab_size = 257
+    eos_id = 256
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """UTF-8 bytes -> int32 [N]."""
+        return np.frombuffer(text, np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Ids -> text; invalid UTF-8 becomes the replacement character."""
+        return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
+
+
+class FileTokenizer:
+    """A tokenizer read from a Hugging Face `tokenizers` JSON file.
+
+    Args:
+        path: the JSON file.
+        eos_token: the token that separates documents; by default the first of `COMMON_EOS` in the
+            vocabulary, and if there is none, one new id after the last.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a tokenizer, or `eos_token` is not in its vocabulary.
+    """
+
+    def __init__(self, path: str | Path, eos_token: str | None = None):
+        from tokenizers import Tokenizer as HFTokenizer  # here, as the byte tokenizer does without it
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer file not found: {path}")
+        try:
+            self._tokenizer = HFTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a tokenizers JSON file ({error})") from error
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        names = (eos_token,) if eos_token is not None else COMMON_EOS
+        found = [i for name in names if (i := self._tokenizer.token_to_id(name)) is not None]
+        if eos_token is not None and not found:
+            raise ValueError(f"{path}: no token {eos_token!r} in the vocabulary")
+        self.eos_id: int = found[0] if found else size
+        self.vocab_size: int = max(size, self.eos_id + 1)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """UTF-8 bytes -> int32 [N]; invalid UTF-8 is replaced first."""
+        encoding = self._tokenizer.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False)
+        return np.asarray(encoding.ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Ids -> text, without special tokens."""
+        known = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return self._tokenizer.decode([int(i) for i in ids if 0 <= i < known and i != self.eos_id])
+
+
+def load_tokenizer(path: str | None, eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer of a JSON file, or bytes when `path` is None."""
+    return ByteTokenizer() if path is None else FileTokenizer(path, eos_token)
