@@ -1,1 +1,24 @@
-"""."""
+"""Flax NNX layers: the delta-rule mixers and what models and hybrids need beside them."""
+
+from deltajax.layers.attention import Attention
+from deltajax.layers.attention_cache import AttentionCache
+from deltajax.layers.delta_base import DeltaCache
+from deltajax.layers.delta_net import DeltaNet
+from deltajax.layers.gated_delta_net import GatedDeltaNet
+from deltajax.layers.kimi_delta_attention import KimiDeltaAttention
+from deltajax.layers.norm import GatedRMSNorm, RMSNorm
+from deltajax.layers.rotary import RotaryEmbedding
+from deltajax.layers.swiglu import SwiGLU
+
+__all__ = [
+    "Attention",
+    "AttentionCache",
+    "DeltaCache",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "GatedRMSNorm",
+    "KimiDeltaAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLU",
+]

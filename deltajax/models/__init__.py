@@ -1,1 +1,19 @@
-"""."""
+"""Language models over any pattern of delta-rule and attention layers."""
+
+from deltajax.models.config import ModelConfig
+from deltajax.models.counting import abstract_model, count_parameters, flops_per_token
+from deltajax.models.generate import generate
+from deltajax.models.language_model import LanguageModel, ModelCache
+from deltajax.models.presets import PRESETS, get_preset
+
+__all__ = [
+    "PRESETS",
+    "LanguageModel",
+    "ModelCache",
+    "ModelConfig",
+    "abstract_model",
+    "count_parameters",
+    "flops_per_token",
+    "generate",
+    "get_preset",
+]

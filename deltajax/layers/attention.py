@@ -1,0 +1,157 @@
+"""Causal softmax attention, full or in a sliding window, for hybrids with delta-rule layers."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from deltajax.layers.attention_cache import AttentionCache, Layout, layout_of
+from deltajax.layers.parameters import INITIALIZER_RANGE, linear
+from deltajax.layers.rotary import RotaryEmbedding
+
+
+class Attention(nnx.Module):
+    """`softmax(q k^T / sqrt(K)) v` over the tokens before, within one segment; projections without bias.
+
+    Token t sees tokens s <= t of its own segment, and only t - s < window_size where a window is set.
+    Rotary positions restart with every segment. `jax.nn.dot_product_attention` computes it.
+
+    Args:
+      hidden_size: width D.
+      num_heads: query heads.
+      num_kv_heads: key/value heads, a divisor of `num_heads`; None means `num_heads`.
+      head_dim: head size K; None means D // num_heads.
+      window_size: tokens seen, the current one included; None for all.
+      rope_theta: base of the rotary embedding; None for no position embedding.
+      initializer_range: standard deviation of the kernels.
+      implementation: passed to `jax.nn.dot_product_attention`.
+      dtype: compute dtype (the softmax is in float32).
+      param_dtype: parameter dtype.
+      rngs: parameter randomness.
+
+    Raises:
+      ValueError: on sizes that do not fit together, naming the argument.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 2048,
+        num_heads: int = 32,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window_size: int | None = None,
+        rope_theta: float | None = 10000.0,
+        initializer_range: float = INITIALIZER_RANGE,
+        implementation: Literal["xla", "cudnn"] | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads}: expected a divisor of num_heads={num_heads}")
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise ValueError(f"hidden_size={hidden_size}: expected a multiple of num_heads={num_heads}")
+            head_dim = hidden_size // num_heads
+        if window_size is not None and window_size < 1:
+            raise ValueError(f"window_size={window_size}: expected at least 1, or None")
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.window_size = window_size
+        self.rotary = None if rope_theta is None else RotaryEmbedding(head_dim, theta=rope_theta)
+        self.implementation = implementation
+        self.dtype = dtype
+
+        def project(n_in, n_out, axes):
+            return linear(
+                n_in, n_out, axes, std=initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+
+        self.q_proj = project(hidden_size, num_heads * head_dim, ("embed", "heads"))
+        self.k_proj = project(hidden_size, num_kv_heads * head_dim, ("embed", "kv_heads"))
+        self.v_proj = project(hidden_size, num_kv_heads * head_dim, ("embed", "kv_heads"))
+        self.o_proj = project(num_heads * head_dim, hidden_size, ("heads", "embed"))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Any:
+        """Mixes tokens along T.
+
+        Args:
+          x: [B, T, D] input.
+          segment_ids: int32 [B, T] for packed rows: nothing is seen across ids; id 0 is padding, which
+            outputs 0 and does not enter the cache.
+          cache: what earlier calls returned (or `init_cache`); it belongs to the row's first segment.
+
+        Returns:
+          y [B, T, D] in the compute dtype; `(y, cache)` when a cache is given.
+        """
+        B, T, _ = x.shape
+        layout = layout_of(B, T, segment_ids, None if cache is None else cache.length)
+        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
+        k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        if self.rotary is not None:
+            q, k = self.rotary(q, layout.position), self.rotary(k, layout.position)
+        if cache is None:
+            o = self._attend(q, k, v, None if segment_ids is None else self._mask(layout, layout))
+            return self._output(o, segment_ids)
+
+        new_cache = cache.append(k, v, layout)
+        if T == 1:  # the token is its own last key: the ring holds everything it sees
+            keys = _held(new_cache)
+            k, v = new_cache.key, new_cache.value
+        else:
+            held = _held(cache)
+            keys = Layout(*(jnp.concatenate(pair, axis=1) for pair in zip(held, layout, strict=True)))
+            k = jnp.concatenate([cache.key.astype(k.dtype), k], axis=1)
+            v = jnp.concatenate([cache.value.astype(v.dtype), v], axis=1)
+        o = self._attend(q, k, v, self._mask(layout, keys))
+        return self._output(o, segment_ids), new_cache
+
+    def init_cache(self, batch: int, max_length: int) -> AttentionCache:
+        """An empty cache for `batch` rows of at most `max_length` tokens (a window needs no more slots)."""
+        slots = max_length if self.window_size is None else min(max_length, self.window_size)
+        shape = (batch, slots, self.num_kv_heads, self.head_dim)
+        return AttentionCache(
+            key=jnp.zeros(shape, self.dtype),
+            value=jnp.zeros(shape, self.dtype),
+            length=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def _mask(self, queries: Layout, keys: Layout) -> Bool[Array, "B 1 T S"]:
+        run = queries.run[:, :, None]
+        distance = queries.position[:, :, None] - keys.position[:, None, :]
+        mask = (run == keys.run[:, None, :]) & (run != 0) & (distance >= 0)
+        if self.window_size is not None:
+            mask = mask & (distance < self.window_size)
+        return mask[:, None]
+
+    def _attend(self, q, k, v, mask) -> Float[Array, "B T N K"]:
+        if mask is not None:
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.implementation)
+        window = None if self.window_size is None else (self.window_size - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, local_window_size=window, implementation=self.implementation
+        )
+
+    def _output(self, o, segment_ids) -> Float[Array, "B T D"]:
+        if segment_ids is not None:
+            o = jnp.where((segment_ids != 0)[..., None, None], o, 0)
+        return self.o_proj(o.reshape(*o.shape[:2], -1))
+
+
+def _held(cache: AttentionCache) -> Layout:
+    """What the cache's slots hold, as keys of the row's first run; empty slots are padding."""
+    position = cache.positions()
+    return Layout((position >= 0).astype(jnp.int32), position)

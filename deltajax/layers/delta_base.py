@@ -1,0 +1,210 @@
+"""What the three delta-rule layers share: projections, short convolutions, cache, output."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from deltajax.layers.norm import GatedRMSNorm, RMSNorm
+from deltajax.layers.parameters import linear, parameter
+from deltajax.ops import Gate, delta_rule_step, short_convolution
+
+
+class DeltaCache(NamedTuple):
+    """What a delta-rule layer remembers between calls; its size does not grow with the sequence."""
+
+    q_conv: Float[Array, "B W1 HK"]  # last conv_size - 1 inputs of each convolution, compute dtype
+    k_conv: Float[Array, "B W1 HK"]
+    v_conv: Float[Array, "B W1 HVV"]
+    state: Float[Array, "B HV K V"]  # float32
+
+
+class DeltaLayer(nnx.Module):
+    """Base of `DeltaNet`, `GatedDeltaNet` and `KimiDeltaAttention`; not a layer by itself.
+
+    A subclass makes its decay and output-gate parameters and defines `_decay`, `_recurrence` and
+    `_output_gate`. See the subclasses for the arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_v_heads: int,
+        head_dim: int,
+        head_v_dim: int,
+        conv_size: int,
+        allow_neg_eigval: bool,
+        norm_eps: float,
+        initializer_range: float,
+        chunk_size: int | None,
+        implementation: Any,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        if num_v_heads % num_heads:
+            raise ValueError(f"num_v_heads={num_v_heads}: expected a multiple of num_heads={num_heads}")
+        if conv_size < 2:
+            raise ValueError(f"conv_size={conv_size}: expected at least 2 taps")
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_v_heads = num_v_heads
+        self.head_dim = head_dim
+        self.head_v_dim = head_v_dim
+        self.conv_size = conv_size
+        self.allow_neg_eigval = allow_neg_eigval
+        self.norm_eps = norm_eps
+        self.initializer_range = initializer_range
+        self.chunk_size = chunk_size
+        self.implementation = implementation
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+
+        key_dim, value_dim = num_heads * head_dim, num_v_heads * head_v_dim
+        self.q_proj = self._linear(hidden_size, key_dim, ("embed", "heads"), rngs)
+        self.k_proj = self._linear(hidden_size, key_dim, ("embed", "heads"), rngs)
+        self.v_proj = self._linear(hidden_size, value_dim, ("embed", "heads"), rngs)
+        self.b_proj = self._linear(hidden_size, num_v_heads, ("embed", "heads"), rngs)
+        self.q_conv = self._taps(key_dim, rngs)
+        self.k_conv = self._taps(key_dim, rngs)
+        self.v_conv = self._taps(value_dim, rngs)
+        self.o_proj = self._linear(value_dim, hidden_size, ("heads", "embed"), rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: DeltaCache | None = None,
+    ) -> Any:
+        """Mixes tokens along T.
+
+        Args:
+          x: [B, T, D] input.
+          segment_ids: int32 [B, T] for packed rows: state and convolutions restart where the id changes;
+            id 0 is padding, which outputs 0 and leaves the cache alone.
+          cache: what earlier calls returned (or `init_cache`); it belongs to the row's first segment.
+
+        Returns:
+          y [B, T, D] in the compute dtype; `(y, cache)` when a cache is given.
+        """
+        (q, k, v), convs = self._project(x, segment_ids, cache)
+        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))  # [B, T, HV]
+        if self.allow_neg_eigval:
+            beta = 2 * beta
+        g, gate = self._decay(x)
+        if cache is not None and x.shape[1] == 1:
+            o, state = self._step(cache.state, q, k, v, g, beta, gate, segment_ids)
+        else:
+            o, state = self._recurrence(
+                q,
+                k,
+                v,
+                g,
+                beta,
+                gate,
+                normalize_qk=True,
+                initial_state=None if cache is None else cache.state,
+                segment_ids=segment_ids,
+                chunk_size=self.chunk_size,
+                implementation=self.implementation,
+            )
+        y = self._output(o, x)
+        return y if cache is None else (y, DeltaCache(*convs, state))
+
+    def init_cache(self, batch: int) -> DeltaCache:
+        """The cache before the first token of `batch` sequences: zeros."""
+        taps = (batch, self.conv_size - 1)
+        keys, values = self.num_heads * self.head_dim, self.num_v_heads * self.head_v_dim
+        return DeltaCache(
+            q_conv=jnp.zeros((*taps, keys), self.dtype),
+            k_conv=jnp.zeros((*taps, keys), self.dtype),
+            v_conv=jnp.zeros((*taps, values), self.dtype),
+            state=jnp.zeros((batch, self.num_v_heads, self.head_dim, self.head_v_dim), jnp.float32),
+        )
+
+    def _decay(self, x: Array) -> tuple[Array | None, Gate | None]:
+        """The raw decay projection and the gate parameters that turn it into a log decay."""
+        raise NotImplementedError
+
+    def _recurrence(self, q, k, v, g, beta, gate, **options) -> tuple[Array, Array]:
+        """The layer's op."""
+        raise NotImplementedError
+
+    def _output_gate(self, x: Array) -> Array | None:
+        """The output gate's pre-activation [B, T, HV * V], or None."""
+        raise NotImplementedError
+
+    def _project(self, x, segment_ids, cache):
+        """Projections and short convolutions: q, k [B, T, H, K] and v [B, T, HV, V]."""
+        B, T, _ = x.shape
+        outputs, convs = [], []
+        for name, size in (("q", self.head_dim), ("k", self.head_dim), ("v", self.head_v_dim)):
+            y, conv = short_convolution(
+                getattr(self, f"{name}_proj")(x),
+                getattr(self, f"{name}_conv")[...],
+                segment_ids=segment_ids,
+                cache=None if cache is None else getattr(cache, f"{name}_conv"),
+            )
+            outputs.append(y.reshape(B, T, -1, size))
+            convs.append(conv)
+        return outputs, convs
+
+    def _step(self, state, q, k, v, g, beta, gate, segment_ids):
+        """One token by the recurrence; padding rows keep their state and output zero."""
+        first = [None if a is None else a[:, 0] for a in (q, k, v, beta, g)]
+        o, new_state = delta_rule_step(state, *first, gate=gate, normalize_qk=True)
+        if segment_ids is not None:
+            real = segment_ids != 0  # [B, 1]
+            o = jnp.where(real[..., None], o, 0)
+            new_state = jnp.where(real[..., None, None], new_state, state)
+        return o[:, None], new_state
+
+    def _output(self, o: Float[Array, "B T HV V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Per-head norm (gated where the layer has a gate) and output projection."""
+        gate = self._output_gate(x)
+        o = self.o_norm(o) if gate is None else self.o_norm(o, gate.reshape(o.shape))
+        return self.o_proj(o.reshape(*o.shape[:2], -1))
+
+    def _linear(self, n_in: int, n_out: int, axes, rngs, *, use_bias: bool = False) -> nnx.Linear:
+        return linear(
+            n_in,
+            n_out,
+            axes,
+            std=self.initializer_range,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=rngs,
+        )
+
+    def _taps(self, features: int, rngs: nnx.Rngs) -> nnx.Param:
+        init = nnx.initializers.normal(self.initializer_range)
+        return parameter(init, (features, self.conv_size), ("heads", "conv"), self.param_dtype, rngs)
+
+    def _norm(self, rngs: nnx.Rngs, activation: Any = None) -> RMSNorm:
+        options: dict[str, Any] = dict(
+            eps=self.norm_eps, axis="head_dim", dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs
+        )
+        if activation is None:
+            return RMSNorm(self.head_v_dim, **options)
+        return GatedRMSNorm(self.head_v_dim, activation=activation, **options)
+
+
+def value_head_size(head_dim: int, head_v_dim: int | None, expand_v: float) -> int:
+    """V: `head_v_dim` where given, else `expand_v * head_dim`, which must be whole.
+
+    Raises:
+      ValueError: where `expand_v * head_dim` is not a whole number.
+    """
+    if head_v_dim is not None:
+        return head_v_dim
+    size = round(head_dim * expand_v)
+    if abs(size - head_dim * expand_v) > 1e-6 * size:
+        raise ValueError(f"expand_v={expand_v}: expected expand_v * head_dim={head_dim} to be whole")
+    return size

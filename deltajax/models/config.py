@@ -1,0 +1,217 @@
+"""The language model's configuration: one frozen, JSON-serialisable dataclass."""
+
+import dataclasses
+import json
+from typing import Any, Self
+
+MIXERS = ("delta_net", "gated_delta_net", "kda", "sliding_window", "full_attention")
+DELTA_MIXERS = ("delta_net", "gated_delta_net", "kda")
+REMAT = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")
+_DTYPES = ("float32", "bfloat16", "float16")
+_IMPLEMENTATIONS = ("pallas", "chunked", "scan")
+_ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "head_dim",
+    "intermediate_size",
+    "conv_size",
+    "window_size",
+)
+_OPTIONAL_POSITIVE = (
+    "num_v_heads",
+    "head_v_dim",
+    "attn_num_heads",
+    "attn_num_kv_heads",
+    "attn_head_dim",
+    "chunk_size",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything that decides a `LanguageModel`'s shape and arithmetic.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      hidden_size: width D of the residual stream.
+      num_layers: number of blocks.
+      layer_pattern: kinds of mixer (`MIXERS`), one per layer, or a shorter unit repeated to fill
+        `num_layers`.
+      num_heads: query/key heads H of the delta-rule layers.
+      num_v_heads: value heads HV, a multiple of `num_heads`; None means `num_heads`.
+      head_dim: query/key head size K of the delta-rule layers.
+      head_v_dim: value head size V; None means `head_dim`.
+      intermediate_size: width of the SwiGLU MLP.
+      conv_size: taps of the short convolutions.
+      allow_neg_eigval: beta in [0, 2] instead of [0, 1].
+      use_gate: output gate of `delta_net` and `gated_delta_net` layers; None means each layer's own
+        default (off, on).
+      lower_bound: KDA's bounded gate (a negative number), or None for the softplus gate.
+      attn_num_heads: softmax attention heads; None means `num_heads`.
+      attn_num_kv_heads: grouped key/value heads; None means `attn_num_heads`.
+      attn_head_dim: softmax attention head size; None means `hidden_size // attn_num_heads`.
+      window_size: tokens a `sliding_window` layer sees, itself included.
+      rope_theta: base of the rotary embedding of attention layers, None for no position embedding.
+      norm_eps: epsilon of every RMSNorm.
+      tie_embeddings: reuse the embedding table as the LM head.
+      initializer_range: standard deviation of embeddings and projections at initialisation.
+      dtype: compute dtype.
+      param_dtype: parameter dtype (`A_log` and `dt_bias` are float32 always).
+      remat: "none", "full", or the name of a `jax.checkpoint_policies` policy among `REMAT`.
+      chunk_size: chunk of the delta-rule ops, None for the op's choice.
+      implementation: backend of the delta-rule ops, None for the op's choice.
+      attention_implementation: backend of `jax.nn.dot_product_attention`, None for JAX's choice.
+
+    Raises:
+      ValueError: naming the field, the value seen and what was expected.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    layer_pattern: tuple[str, ...]
+    num_heads: int
+    head_dim: int
+    intermediate_size: int
+    num_v_heads: int | None = None
+    head_v_dim: int | None = None
+    conv_size: int = 4
+    allow_neg_eigval: bool = False
+    use_gate: bool | None = None
+    lower_bound: float | None = None
+    attn_num_heads: int | None = None
+    attn_num_kv_heads: int | None = None
+    attn_head_dim: int | None = None
+    window_size: int = 2048
+    rope_theta: float | None = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    chunk_size: int | None = None
+    implementation: str | None = None
+    attention_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if isinstance(self.layer_pattern, str) or not self.layer_pattern:
+            self._fail("layer_pattern", f"a non-empty tuple of kinds among {MIXERS}")
+        object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
+        for kind in self.layer_pattern:
+            if kind not in MIXERS:
+                self._fail("layer_pattern", f"kinds among {MIXERS}, not {kind!r}")
+        if len(self.layer_pattern) > self.num_layers:
+            self._fail("layer_pattern", f"at most num_layers={self.num_layers} kinds")
+        if self.value_heads % self.num_heads:
+            self._fail("num_v_heads", f"a multiple of num_heads={self.num_heads}")
+        if self.attention_heads % self.attention_kv_heads:
+            self._fail("attn_num_kv_heads", f"a divisor of the {self.attention_heads} attention heads")
+        if self.has_attention:
+            self._check_attention()
+        if self.lower_bound is not None and not self.lower_bound < 0:
+            self._fail("lower_bound", "a negative number or None")
+        if not self.norm_eps > 0:
+            self._fail("norm_eps", "a positive number")
+        if not self.initializer_range > 0:
+            self._fail("initializer_range", "a positive number")
+        self._check_choice("dtype", _DTYPES)
+        self._check_choice("param_dtype", _DTYPES)
+        self._check_choice("remat", REMAT)
+        self._check_choice("implementation", (None, *_IMPLEMENTATIONS))
+        self._check_choice("attention_implementation", (None, *_ATTENTION_IMPLEMENTATIONS))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The kind of every layer: `layer_pattern` repeated to length `num_layers`."""
+        repeats = -(-self.num_layers // len(self.layer_pattern))
+        return (self.layer_pattern * repeats)[: self.num_layers]
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any layer is softmax attention."""
+        return any(kind not in DELTA_MIXERS for kind in self.layer_pattern)
+
+    @property
+    def value_heads(self) -> int:
+        """HV, resolved."""
+        return self.num_heads if self.num_v_heads is None else self.num_v_heads
+
+    @property
+    def value_dim(self) -> int:
+        """V, resolved."""
+        return self.head_dim if self.head_v_dim is None else self.head_v_dim
+
+    @property
+    def attention_heads(self) -> int:
+        """Softmax attention heads, resolved."""
+        return self.num_heads if self.attn_num_heads is None else self.attn_num_heads
+
+    @property
+    def attention_kv_heads(self) -> int:
+        """Softmax attention key/value heads, resolved."""
+        return self.attention_heads if self.attn_num_kv_heads is None else self.attn_num_kv_heads
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Softmax attention head size, resolved."""
+        if self.attn_head_dim is not None:
+            return self.attn_head_dim
+        return self.hidden_size // self.attention_heads
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object; `from_json` inverts it."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ValueError: on text that is not a JSON object, or names an unknown field.
+        """
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected a JSON object of ModelConfig fields, got {type(fields).__name__}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"unknown ModelConfig fields {unknown}; expected some of {sorted(known)}")
+        required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+        if missing := sorted(required - set(fields)):
+            raise ValueError(f"missing ModelConfig fields {missing}")
+        return cls(**fields)
+
+    def _fail(self, field: str, expected: str) -> None:
+        raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r}: expected {expected}")
+
+    def _check_choice(self, field: str, choices: tuple[str | None, ...]) -> None:
+        if getattr(self, field) not in choices:
+            self._fail(field, f"one of {choices}")
+
+    def _check_types(self) -> None:
+        for field in _POSITIVE:
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                self._fail(field, "a positive integer")
+        for field in _OPTIONAL_POSITIVE:
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                self._fail(field, "a positive integer or None")
+
+    def _check_attention(self) -> None:
+        if self.attn_head_dim is None and self.hidden_size % self.attention_heads:
+            self._fail("hidden_size", f"a multiple of the {self.attention_heads} attention heads")
+        if self.rope_theta is not None:
+            if not self.rope_theta > 0:
+                self._fail("rope_theta", "a positive number or None")
+            if self.attention_head_dim % 2:
+                self._fail("attn_head_dim", "an even size, for the rotary embedding")

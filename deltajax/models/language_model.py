@@ -1,0 +1,110 @@
+"""The language model: embedding, scanned groups of blocks, final norm, LM head."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from deltajax.layers import RMSNorm
+from deltajax.layers.parameters import named, parameter
+from deltajax.models.config import ModelConfig
+from deltajax.models.groups import group_layers
+from deltajax.models.scan import GroupCache, ScannedBlocks
+
+ModelCache = tuple[GroupCache, ...]
+
+
+class LanguageModel(nnx.Module):
+    """A causal language model over any pattern of delta-rule and attention layers.
+
+    Embedding; `num_layers` pre-norm blocks (mixer, then SwiGLU), scanned by runs of a repeated unit;
+    RMSNorm; LM head, untied unless `config.tie_embeddings`. As in the reference models, embeddings and all
+    kernels and convolution taps start at normal(0, `config.initializer_range` = 0.02), norms at one.
+
+    Args:
+      config: shapes and arithmetic.
+      rngs: parameter randomness.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=named(normal, ("vocab", "embed")),
+            rngs=rngs,
+        )
+        self.groups = nnx.List(
+            [ScannedBlocks(group, config, rngs=rngs) for group in group_layers(config.layers)]
+        )
+        self.norm = RMSNorm(
+            config.hidden_size,
+            eps=config.norm_eps,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+        )
+        if not config.tie_embeddings:
+            shape = (config.hidden_size, config.vocab_size)
+            self.lm_head = parameter(normal, shape, ("embed", "vocab"), config.param_dtype, rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: ModelCache | None = None,
+    ) -> Any:
+        """Next-token logits.
+
+        Args:
+          tokens: int32 [B, T].
+          segment_ids: int32 [B, T] for packed rows; sequences do not see each other, id 0 is padding
+            (its logits mean nothing).
+          cache: what earlier calls returned (or `init_cache`); it belongs to each row's first segment.
+
+        Returns:
+          logits float32 [B, T, vocab]; `(logits, cache)` when a cache is given.
+        """
+        hidden = self.hidden_states(tokens, segment_ids=segment_ids, cache=cache)
+        if cache is None:
+            return self.logits(hidden)
+        hidden, cache = hidden
+        return self.logits(hidden), cache
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: ModelCache | None = None,
+    ) -> Any:
+        """The normalised final hidden states, before the LM head; arguments as `__call__`.
+
+        Returns:
+          hidden [B, T, D] in the compute dtype; `(hidden, cache)` when a cache is given.
+        """
+        x = self.embedding(tokens)
+        new_cache = []
+        for i, group in enumerate(self.groups):
+            x, new = group(x, segment_ids=segment_ids, cache=None if cache is None else cache[i])
+            new_cache.append(new)
+        x = self.norm(x)
+        return x if cache is None else (x, tuple(new_cache))
+
+    def head_kernel(self) -> Float[Array, "D vocab"]:
+        """The LM head's kernel (the transposed embedding where tied), in the parameter dtype."""
+        return self.embedding.embedding[...].T if self.config.tie_embeddings else self.lm_head[...]
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
+        """`hidden @ head_kernel()` with operands in the compute dtype, accumulated to float32."""
+        kernel = self.head_kernel().astype(self.config.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, max_length: int) -> ModelCache:
+        """An empty cache for `batch` sequences of at most `max_length` tokens."""
+        return tuple(group.init_cache(batch, max_length) for group in self.groups)

@@ -1,0 +1,75 @@
+"""A run of identical units of blocks, their parameters stacked and applied by one `jax.lax.scan`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from deltajax.models.block import Block, LayerCache
+from deltajax.models.config import ModelConfig
+from deltajax.models.groups import LayerGroup
+
+GroupCache = tuple[LayerCache, ...]  # one per block of the unit, each leaf with a leading "layers" axis
+
+
+class ScannedBlocks(nnx.Module):
+    """`unit` (a tuple of mixer kinds) applied `repeats` times; parameters carry a leading "layers" axis.
+
+    Compile time depends on the unit, not on `repeats`.
+
+    Args:
+      group: unit and repeats.
+      config: the model's configuration; `config.remat` says what the backward pass recomputes.
+      rngs: parameter randomness; each layer draws its own.
+    """
+
+    def __init__(self, group: LayerGroup, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.repeats = group.repeats
+        self.remat = config.remat
+
+        @nnx.split_rngs(splits=group.repeats)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stacked(rngs: nnx.Rngs) -> nnx.List:
+            return nnx.List([Block(kind, config, rngs=rngs) for kind in group.unit])
+
+        self.blocks = stacked(rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None,
+        cache: GroupCache | None,
+    ) -> tuple[Float[Array, "B T D"], GroupCache | None]:
+        """Applies every layer in order; the cache is None when none is given."""
+        graph, state = nnx.split(self.blocks)
+
+        def unit(x, layer):
+            params, caches = layer
+            new_caches = []
+            for i, block in enumerate(nnx.merge(graph, params)):
+                x, new = block(x, segment_ids=segment_ids, cache=None if caches is None else caches[i])
+                new_caches.append(new)
+            return x, None if caches is None else tuple(new_caches)
+
+        return jax.lax.scan(_rematerialized(unit, self.remat), x, (state, cache))
+
+    def init_cache(self, batch: int, max_length: int) -> GroupCache:
+        """Empty caches of all layers, stacked."""
+        one = tuple(block.init_cache(batch, max_length) for block in self.blocks)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.repeats, *leaf.shape)), one)
+
+    def layer(self, repeat: int) -> nnx.List:
+        """The unit's blocks of one repeat, with that repeat's slice of the parameters."""
+        graph, state = nnx.split(self.blocks)
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[repeat], state))
+
+
+def _rematerialized(unit: Any, remat: str) -> Any:
+    """`unit` with what `remat` names saved for the backward pass: all, nothing, or a policy's choice."""
+    if remat == "none":
+        return unit
+    policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
+    return jax.checkpoint(unit, policy=policy, prevent_cse=False)
