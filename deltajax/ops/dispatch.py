@@ -1,8 +1,88 @@
 """Choice of an implementation, made when a program is lowered and never from the default backend."""
 
-from deltajax.ops import scan
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array
+
+from deltajax.ops import chunked, scan
 from deltajax.ops.problem import Inputs, Options
 
 
-def run(inputs: Inputs, options: Options, implementation):
-    return scan.forward(inputs, options)
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A platform's implementation: the two halves of the op's custom derivative.
+
+    Attributes:
+      forward: inputs -> (o, final_state).
+      backward: inputs, gradients of o and of final_state -> gradients of the inputs (an `Inputs` with None
+        for the absent and the integer ones). Nothing else is kept between the two: which platform's branch
+        runs is known only at lowering, after the residuals' shapes are fixed.
+      unsupported: why a call cannot run here, or None if it can.
+    """
+
+    forward: Callable[[Inputs, Options], tuple[Array, Array]]
+    backward: Callable[[Inputs, Options, Array, Array], Inputs]
+    unsupported: Callable[[Inputs, Options], str | None]
+
+
+# Lowering platform ("tpu", "cuda") -> its Pallas kernels.
+PALLAS: Mapping[str, Kernel] = {}
+
+
+def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[Array, Array]:
+    """Runs a checked call.
+
+    Raises:
+      ValueError: unknown implementation.
+      NotImplementedError: "pallas", and no kernel supports the call.
+    """
+    if implementation == "scan":
+        return scan.forward(inputs, options)
+    if implementation == "chunked":
+        return _op(inputs, options, (), True)
+    if implementation not in ("pallas", None):
+        raise ValueError(
+            f"implementation must be 'pallas', 'chunked', 'scan' or None, got {implementation!r}"
+        )
+    reasons = {platform: kernel.unsupported(inputs, options) for platform, kernel in PALLAS.items()}
+    platforms = tuple(sorted(p for p, reason in reasons.items() if reason is None))
+    if implementation == "pallas":
+        if not platforms:
+            why = "; ".join(f"{p}: {reason}" for p, reason in reasons.items()) or "no platform has one yet"
+            raise NotImplementedError(f"implementation='pallas' has no kernel for this call ({why})")
+        return _op(inputs, options, platforms, False)
+    return _op(inputs, options, platforms, True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _op(inputs: Inputs, options: Options, platforms: tuple[str, ...], fall_back: bool) -> Any:
+    """The op as kernels on ``platforms`` and, if ``fall_back``, the chunked form on all others."""
+    return _by_platform("forward", platforms, fall_back, options, inputs)
+
+
+def _op_fwd(inputs, options, platforms, fall_back):
+    return _op(inputs, options, platforms, fall_back), inputs
+
+
+def _op_bwd(options, platforms, fall_back, inputs, cotangents):
+    return (_by_platform("backward", platforms, fall_back, options, inputs, *cotangents),)
+
+
+_op.defvjp(_op_fwd, _op_bwd)
+
+
+def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options: Options, inputs, *args):
+    def bind(fn):
+        return lambda inputs, *args: fn(inputs, options, *args)
+
+    default = bind(getattr(chunked, half)) if fall_back else None
+    if not platforms:
+        assert default is not None
+        return default(inputs, *args)
+    branches = {p: bind(getattr(PALLAS[p], half)) for p in platforms}
+    return lax.platform_dependent(inputs, *args, default=default, **branches)

@@ -44,7 +44,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
     N = options.num_segments
     q, k = (jnp.repeat(x, HV // H, axis=2) for x in (q, k))  # value head j reads head j // (HV // H)
 
-    ids = jnp.ones((B, T), jnp.int32) if inputs.segment_ids is None else inputs.segment_ids
+    ids = jnp.ones((B, T), jnp.int32) if inputs.segment_ids is None else inputs.segment_ids.astype(jnp.int32)
     start_shape = (B, HV, K, V) if N is None else (B, N, HV, K, V)
     start = (
         jnp.zeros(start_shape, dtype) if inputs.initial_state is None else inputs.initial_state.astype(dtype)
