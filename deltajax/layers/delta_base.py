@@ -25,9 +25,11 @@ class DeltaCache(NamedTuple):
 class DeltaLayer(nnx.Module):
     """Base of `DeltaNet`, `GatedDeltaNet` and `KimiDeltaAttention`; not a layer by itself.
 
-    A subclass makes its decay and output-gate parameters and defines `_decay`, `_recurrence` and
-    `_output_gate`. See the subclasses for the arguments.
+    A subclass makes its decay and output-gate parameters and its `o_norm`, and defines `_decay`,
+    `_recurrence` and `_output_gate`. See the subclasses for the arguments.
     """
+
+    o_norm: Any
 
     def __init__(
         self,
@@ -115,7 +117,10 @@ class DeltaLayer(nnx.Module):
                 implementation=self.implementation,
             )
         y = self._output(o, x)
-        return y if cache is None else (y, DeltaCache(*convs, state))
+        if cache is None:
+            return y
+        q_conv, k_conv, v_conv = convs
+        return y, DeltaCache(q_conv, k_conv, v_conv, state)
 
     def init_cache(self, batch: int) -> DeltaCache:
         """The cache before the first token of `batch` sequences: zeros."""
@@ -157,8 +162,9 @@ class DeltaLayer(nnx.Module):
 
     def _step(self, state, q, k, v, g, beta, gate, segment_ids):
         """One token by the recurrence; padding rows keep their state and output zero."""
-        first = [None if a is None else a[:, 0] for a in (q, k, v, beta, g)]
-        o, new_state = delta_rule_step(state, *first, gate=gate, normalize_qk=True)
+        q, k, v, beta = (a[:, 0] for a in (q, k, v, beta))
+        g = None if g is None else g[:, 0]
+        o, new_state = delta_rule_step(state, q, k, v, beta, g, gate=gate, normalize_qk=True)
         if segment_ids is not None:
             real = segment_ids != 0  # [B, 1]
             o = jnp.where(real[..., None], o, 0)

@@ -22,10 +22,10 @@ class KimiDeltaAttention(DeltaLayer):
 
     As `DeltaNet`, with `S~_t = Diag(exp(g_t)) S_{t-1}` before each update. In float32,
     `g_t = -exp(A_log) softplus(f_t + dt_bias)`, or with a bound
-    `g_t = lower_bound * sigmoid(exp(A_log) (f_t + dt_bias))`, where `f_t = f_b_proj(f_a_proj(x_t))` in R^K per
-    value head passes a bottleneck of size V. Output: `RMSNorm(o) * sigmoid(g_b_proj(g_a_proj(x)))`, of the
-    same bottleneck, `g_b_proj` with a bias. `A_log` starts at log Uniform(1, 16) (zero with a bound, where
-    it only sets the sigmoid's slope), `dt_bias` as in `GatedDeltaNet`; both stay float32.
+    `g_t = lower_bound * sigmoid(exp(A_log) (f_t + dt_bias))`, where `f_t = f_b_proj(f_a_proj(x_t))`, in R^K
+    per value head, passes a bottleneck of size V. Output: `RMSNorm(o) * sigmoid(g_b_proj(g_a_proj(x)))`,
+    of the same bottleneck, `g_b_proj` with a bias. `A_log` starts at log Uniform(1, 16) (zero with a bound,
+    where it only sets the sigmoid's slope), `dt_bias` as in `GatedDeltaNet`; both stay float32.
 
     Args:
       hidden_size: width D.

@@ -63,7 +63,7 @@ class Block(nnx.Module):
 
 def _mixer(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
     if kind in ("sliding_window", "full_attention"):
-        return Attention(
+        options: dict[str, Any] = dict(
             hidden_size=config.hidden_size,
             num_heads=config.attention_heads,
             num_kv_heads=config.attention_kv_heads,
@@ -71,9 +71,9 @@ def _mixer(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
             window_size=config.window_size if kind == "sliding_window" else None,
             rope_theta=config.rope_theta,
             implementation=config.attention_implementation,
-            **common,
         )
-    options: dict[str, Any] = dict(
+        return Attention(**options, **common)
+    options = dict(
         hidden_size=config.hidden_size,
         num_heads=config.num_heads,
         num_v_heads=config.value_heads,

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from deltajax.layers import RMSNorm
-from deltajax.layers.parameters import named, parameter
+from deltajax.layers.parameters import parameter
 from deltajax.models.config import ModelConfig
 from deltajax.models.groups import group_layers
 from deltajax.models.scan import GroupCache, ScannedBlocks
@@ -30,14 +30,8 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         normal = nnx.initializers.normal(config.initializer_range)
-        self.embedding = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            embedding_init=named(normal, ("vocab", "embed")),
-            rngs=rngs,
-        )
+        shape = (config.vocab_size, config.hidden_size)
+        self.embedding = parameter(normal, shape, ("vocab", "embed"), config.param_dtype, rngs)
         self.groups = nnx.List(
             [ScannedBlocks(group, config, rngs=rngs) for group in group_layers(config.layers)]
         )
@@ -49,8 +43,7 @@ class LanguageModel(nnx.Module):
             rngs=rngs,
         )
         if not config.tie_embeddings:
-            shape = (config.hidden_size, config.vocab_size)
-            self.lm_head = parameter(normal, shape, ("embed", "vocab"), config.param_dtype, rngs)
+            self.lm_head = parameter(normal, shape[::-1], ("embed", "vocab"), config.param_dtype, rngs)
 
     def __call__(
         self,
@@ -88,7 +81,7 @@ class LanguageModel(nnx.Module):
         Returns:
           hidden [B, T, D] in the compute dtype; `(hidden, cache)` when a cache is given.
         """
-        x = self.embedding(tokens)
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.config.dtype)
         new_cache = []
         for i, group in enumerate(self.groups):
             x, new = group(x, segment_ids=segment_ids, cache=None if cache is None else cache[i])
@@ -98,7 +91,7 @@ class LanguageModel(nnx.Module):
 
     def head_kernel(self) -> Float[Array, "D vocab"]:
         """The LM head's kernel (the transposed embedding where tied), in the parameter dtype."""
-        return self.embedding.embedding[...].T if self.config.tie_embeddings else self.lm_head[...]
+        return self.embedding[...].T if self.config.tie_embeddings else self.lm_head[...]
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
         """`hidden @ head_kernel()` with operands in the compute dtype, accumulated to float32."""

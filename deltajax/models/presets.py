@@ -57,6 +57,14 @@ PRESETS = MappingProxyType(
             head_v_dim=512,
             attn_num_heads=16,
         ),
+        "gated_delta_net_swa_1p3b": _LARGE.replace(
+            layer_pattern=("gated_delta_net", "sliding_window"),
+            num_layers=21,
+            num_heads=6,
+            head_dim=256,
+            head_v_dim=512,
+            attn_num_heads=16,
+        ),
         "kda_1p3b": _LARGE.replace(layer_pattern=("kda",)),
     }
 )

@@ -34,7 +34,7 @@ class ScannedBlocks(nnx.Module):
         def stacked(rngs: nnx.Rngs) -> nnx.List:
             return nnx.List([Block(kind, config, rngs=rngs) for kind in group.unit])
 
-        self.blocks = stacked(rngs)
+        self.blocks: Any = stacked(rngs)
 
     def __call__(
         self,
