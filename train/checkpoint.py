@@ -1,0 +1,178 @@
+"""Checkpoints: everything a run needs to go on exactly where it was, saved in the background by Orbax.
+
+A checkpoint holds the training state, the data iterator's position (one file per process) and the
+configuration as JSON. Orbax writes it under a temporary name and renames it when it is whole, so a
+process may die at any moment.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from grain.checkpoint import CheckpointRestore, CheckpointSave
+from orbax.checkpoint import checkpoint_managers as managers
+
+from train.config import ConfigError, differing_fields
+from train.step import TrainState
+
+
+@jax.jit
+def _digest(state: TrainState) -> jax.Array:
+    """A checksum of every bit of a state, uint32: a damaged array file may well decode to wrong numbers."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32).reshape(-1)
+        place = jax.lax.iota(jnp.uint32, bits.size)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # wraps: the same in any order
+
+    total = jnp.uint32(0)
+    for x in jax.tree.leaves(state):
+        total = total * jnp.uint32(31) + leaf(x)
+    return total
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be read; the message names the directory."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint, read back: the state, and the configuration that was saved with it."""
+
+    state: TrainState
+    config: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    Args:
+        directory: where they lie; made if absent, and cleared of saves that never finished.
+        keep: how many of the newest to keep, besides the one of the lowest evaluation loss.
+    """
+
+    def __init__(self, directory: Path, keep: int):
+        self.directory = directory.absolute()
+        newest = managers.LatestN(n=keep)
+        best = managers.BestN(
+            get_metric_fn=lambda metrics: metrics["eval_loss"],
+            reverse=True,  # BestN keeps the end of the order: descending puts the lowest loss there
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=managers.AnyPreservationPolicy([newest, best]),
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+            item_names=("state", "data", "config"),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, step: int, state: TrainState, data: Any, config: dict[str, Any], eval_loss: float | None
+    ) -> None:
+        """Starts saving; returns once the state may be donated again.
+
+        Args:
+            step: steps taken.
+            state: the state after them.
+            data: the data iterator, about to hand out the next step's batch.
+            config: `{"model": ..., ...}`, JSON-ready; kept beside the state.
+            eval_loss: if the state was evaluated, its loss.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=CheckpointSave(data),
+                config=ocp.args.JsonSave({**config, "digest": int(_digest(state))}),
+            ),
+            metrics=None if eval_loss is None else {"eval_loss": eval_loss},
+            force=True,
+        )
+
+    def restore_newest(
+        self,
+        abstract: TrainState,
+        data: Any,
+        model: dict[str, Any],
+        report: Callable[[str], None],
+    ) -> Restored | None:
+        """The newest checkpoint that can be read, or None if there are no checkpoints.
+
+        An unreadable one is reported, moved to `unreadable/` beside the checkpoints and passed over.
+
+        Args:
+            abstract: shapes, dtypes and shardings to restore into.
+            data: the data iterator, set to the checkpoint's position.
+            model: this run's model configuration.
+            report: is given one line per unreadable checkpoint.
+
+        Raises:
+            ConfigError: a checkpoint is of another model; the message names the differing fields.
+            CheckpointError: there are checkpoints and none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                config = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+                config = dict(config.config)
+                saved_model, digest = dict(config["model"]), int(config.pop("digest"))
+            except Exception as error:  # whatever a damaged file makes a reader raise
+                self._set_aside(step, error, report)
+                continue
+            if changed := differing_fields(saved_model, model):
+                raise ConfigError(
+                    f"{self.directory / str(step)} holds another model: "
+                    + ", ".join(f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items())
+                    + "; choose another --run-dir"
+                )
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract), data=CheckpointRestore(data)
+                    ),
+                )
+                if int(_digest(restored.state)) != digest:
+                    raise ValueError("its arrays do not match their checksum")
+            except Exception as error:
+                self._set_aside(step, error, report)
+                continue
+            return Restored(restored.state, config)
+        if steps:
+            raise CheckpointError(f"none of the checkpoints of {self.directory} can be read")
+        return None
+
+    def _set_aside(self, step: int, error: Exception, report: Callable[[str], None]) -> None:
+        reason = str(error).strip().splitlines()
+        report(
+            f"checkpoint {self.directory / str(step)} cannot be read "
+            f"({type(error).__name__}: {reason[0] if reason else ''}); trying the one before it"
+        )
+        if jax.process_index() == 0:
+            target = self.directory.parent / "unreadable" / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Blocks until the last save is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Completes the last save and lets go of threads."""
+        self._manager.close()

@@ -1,0 +1,283 @@
+"""Every option of `python -m train`: typed dataclasses, parsed by tyro, stored as JSON beside checkpoints."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+from deltajax.models import PRESETS, ModelConfig, get_preset
+
+
+class ConfigError(ValueError):
+    """Options that cannot be used together, or with what a run directory holds."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Overrides of the preset; what is left out is the preset's."""
+
+    num_layers: int | None = None
+    """number of blocks"""
+    hidden_size: int | None = None
+    """width of the residual stream"""
+    num_heads: int | None = None
+    """query/key heads of the delta-rule layers"""
+    head_dim: int | None = None
+    """query/key head size of the delta-rule layers"""
+    intermediate_size: int | None = None
+    """width of the MLP"""
+    allow_neg_eigval: bool | None = None
+    """write strengths in [0, 2] instead of [0, 1]"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """compute dtype; parameters are float32 always"""
+    remat: str | None = None
+    """rematerialisation: none, full, dots_saveable, dots_with_no_batch_dims_saveable"""
+    chunk_size: int | None = None
+    """chunk of the delta-rule ops"""
+    implementation: Literal["pallas", "chunked", "scan"] | None = None
+    """backend of the delta-rule ops"""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, tokens and batches."""
+
+    files: tuple[str, ...] = ()
+    """text files, .jsonl files or globs; none means the running Python's standard library"""
+    text_field: str = "text"
+    """field of a .jsonl record that holds the text"""
+    tokenizer: str | None = None
+    """Hugging Face tokenizers JSON file; none means bytes"""
+    eos_token: str | None = None
+    """the tokenizer's document separator, where its name is unusual"""
+    seq_len: int = 256
+    """tokens per row"""
+    batch_size: int = 16
+    """rows per step, over all devices"""
+    held_out_fraction: float = 0.05
+    """share of the documents kept for evaluation"""
+    prefetch: int = 2
+    """batches prepared ahead in a background thread; 0 for none"""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 3e-3
+    """peak learning rate"""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """after warm-up: a cosine to the end, or stable and then a linear decay"""
+    warmup_steps: int = 20
+    """steps of linear warm-up"""
+    decay_fraction: float = 0.2
+    """share of the run spent decaying (wsd)"""
+    final_fraction: float = 0.1
+    """final learning rate as a share of the peak"""
+    b1: float = 0.9
+    """decay of the first moment"""
+    b2: float = 0.95
+    """decay of the second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """decoupled weight decay of matrices and embeddings"""
+    clip_norm: float = 1.0
+    """largest global gradient norm"""
+    accumulate: int = 1
+    """micro-batches a step is cut into, to save memory; the result is the same up to rounding"""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Loss on held-out text."""
+
+    every: int = 50
+    """steps between evaluations"""
+    batches: int = 8
+    """held-out batches per evaluation"""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text generated along the way and at the end."""
+
+    every: int = 100
+    """steps between samples"""
+    prompt: str = "def "
+    """text to continue"""
+    tokens: int = 160
+    """tokens to generate; 0 for no samples"""
+    temperature: float = 0.7
+    """softmax temperature; 0 takes the likeliest token"""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and whether a run continues."""
+
+    every: int = 50
+    """steps between checkpoints; the last step is always saved"""
+    keep: int = 2
+    """newest checkpoints kept, besides the one of the lowest evaluation loss"""
+    resume: bool = True
+    """continue from the newest complete checkpoint; --checkpoint.no-resume refuses a used run directory"""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices share the work."""
+
+    data: int = -1
+    """copies of the model; -1 takes the devices that fsdp leaves"""
+    fsdp: int = 1
+    """parts that parameters and optimizer state are split into"""
+    distributed: bool = False
+    """one of several processes: call jax.distributed.initialize() first (cluster found by JAX)"""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown and recorded."""
+
+    every: int = 10
+    """steps between printed lines, where there is no terminal for a progress bar"""
+    tensorboard: bool = True
+    """write TensorBoard event files into the run directory"""
+    peak_tflops: float | None = None
+    """peak TFLOP/s of one device for MFU, where it is not one known to train.metrics"""
+
+
+# The choices come from a table, which a static type cannot name.
+if typing.TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a delta-rule language model; run again to resume."""
+
+    preset: Preset = "tiny_delta_net"
+    """the model"""
+    steps: int = 200
+    """optimizer steps in all, those before a resume included"""
+    seed: int = 0
+    """seed of the parameters, the data order and the samples"""
+    run_dir: str | None = None
+    """where checkpoints, metrics and the configuration go; runs/<preset> by default"""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def check(self) -> None:
+        """Raises ConfigError, naming the argument, for values that cannot work."""
+        positive = {
+            "--steps": self.steps,
+            "--data.seq-len": self.data.seq_len,
+            "--data.batch-size": self.data.batch_size,
+            "--optimizer.accumulate": self.optimizer.accumulate,
+            "--optimizer.learning-rate": self.optimizer.learning_rate,
+            "--optimizer.clip-norm": self.optimizer.clip_norm,
+            "--eval.every": self.eval.every,
+            "--eval.batches": self.eval.batches,
+            "--sample.every": self.sample.every,
+            "--checkpoint.every": self.checkpoint.every,
+            "--checkpoint.keep": self.checkpoint.keep,
+            "--mesh.fsdp": self.mesh.fsdp,
+            "--log.every": self.log.every,
+        }
+        for name, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"argument {name}: must be positive, got {value}")
+        if not 0 < self.data.held_out_fraction < 1:
+            raise ConfigError(
+                f"argument --data.held-out-fraction: {self.data.held_out_fraction} is not between 0 and 1"
+            )
+        if self.data.batch_size % self.optimizer.accumulate:
+            raise ConfigError(
+                f"argument --optimizer.accumulate: {self.optimizer.accumulate} does not divide "
+                f"--data.batch-size {self.data.batch_size}"
+            )
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
+    """The preset with its overrides, and a vocabulary that fits the tokenizer.
+
+    The vocabulary is rounded up (to 4, or to 128 beyond 1,024) so that it tiles and splits evenly.
+
+    Raises:
+        ConfigError: an override that the model refuses.
+    """
+    changes = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
+    multiple = 128 if vocab_size > 1024 else 4
+    vocab_size = -(-vocab_size // multiple) * multiple
+    try:
+        preset = get_preset(config.preset)
+        # A hybrid cut short keeps the head of its pattern.
+        pattern = preset.layer_pattern[: config.model.num_layers]
+        return preset.replace(
+            vocab_size=vocab_size, param_dtype="float32", **{"layer_pattern": pattern, **changes}
+        )
+    except ValueError as error:
+        raise ConfigError(f"--model: {error}") from error
+
+
+def parse(args: Sequence[str] | None = None) -> TrainConfig:
+    """Options from the command line; prints usage and exits with status 2 if they are wrong."""
+    return tyro.cli(TrainConfig, prog="python -m train", args=args)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as JSON-ready nested dicts."""
+
+    def ready(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: ready(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return ready(dataclasses.asdict(config))
+
+
+def from_dict[C](cls: type[C], values: dict[str, Any]) -> C:
+    """Inverts `to_dict`.
+
+    Raises:
+        ConfigError: a field that `cls` does not have.
+    """
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(values) - set(hints)):
+        raise ConfigError(f"unknown fields of {cls.__name__}: {', '.join(unknown)}")
+    fields = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            value = from_dict(hint, value)
+        elif isinstance(value, list) and not isinstance(hint, types.UnionType):
+            value = tuple(value)
+        fields[name] = value
+    return cls(**fields)
+
+
+def differing_fields(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of the fields whose values differ -> (old, new); a field missing on a side is None."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(set(old) | set(new)):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differing_fields(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[f"{prefix}{name}"] = (a, b)
+    return found

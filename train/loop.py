@@ -1,0 +1,339 @@
+"""The training run: set up, resume, step, evaluate, sample, save, report."""
+
+import json
+import math
+import signal
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from deltajax.models import LanguageModel, flops_per_token
+from train import config as options
+from train.baseline import bigram_loss
+from train.checkpoint import Checkpoints
+from train.config import ConfigError, TrainConfig
+from train.corpus import Corpus, load_corpus
+from train.data import Batch, eval_batches, train_batches
+from train.failure import NonFiniteError, save_failure
+from train.guard import StopRequest, only_run_in, stop_on_signals
+from train.mesh import ShardingRules, global_batch, make_mesh
+from train.metrics import MetricsFile, Throughput, peak_flops
+from train.model_state import ModelState, model_state
+from train.optimizer import decay_mask, make_optimizer, make_schedule
+from train.report import Report
+from train.sample import sample_text
+from train.step import StepMetrics, TrainState, make_eval_step, make_train_step
+from train.tokenizer import Tokenizer, load_tokenizer
+
+
+def train(config: TrainConfig) -> int:
+    """Runs (or resumes) training.
+
+    Returns:
+        The exit status: 0 when complete, 1 when stopped by a loss that is not finite, 128 + the signal's
+        number when stopped by SIGTERM or SIGINT after saving.
+
+    Raises:
+        ConfigError: options that do not work together or with the run directory.
+        DataError: text that cannot be used.
+        CheckpointError: a run directory whose checkpoints are all damaged.
+    """
+    config.check()
+    if config.mesh.distributed:
+        jax.distributed.initialize()
+    first = jax.process_index() == 0
+    report = Report(enabled=first, every=config.log.every)
+    directory = Path(config.run_dir or f"runs/{config.preset}")
+    run = Run.build(config, directory, report)
+    directory.mkdir(parents=True, exist_ok=True)
+    if not first:
+        return run.go()
+    with only_run_in(directory):
+        return run.go()
+
+
+@dataclass
+class Run:
+    """The parts of a run, and where it stands."""
+
+    config: TrainConfig
+    directory: Path
+    report: Report
+    tokenizer: Tokenizer
+    corpus: Corpus
+    model: ModelState
+    rules: ShardingRules = field(default_factory=ShardingRules)
+
+    @classmethod
+    def build(cls, config: TrainConfig, directory: Path, report: Report) -> "Run":
+        """Reads the text and traces the model; makes no arrays and writes nothing."""
+        data = config.data
+        tokenizer = load_tokenizer(data.tokenizer, data.eos_token)
+        corpus = load_corpus(data.files, data.text_field, data.held_out_fraction, tokenizer)
+        try:
+            mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+            model = model_state(options.model_config(config, tokenizer.vocab_size), mesh, ShardingRules())
+        except ValueError as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+        if data.batch_size % (mesh.size * config.optimizer.accumulate):
+            raise ConfigError(
+                f"argument --data.batch-size: {data.batch_size} rows do not split over {mesh.size} devices "
+                f"x {config.optimizer.accumulate} micro-batches"
+            )
+        return cls(config, directory, report, tokenizer, corpus, model)
+
+    def go(self) -> int:
+        """Trains to the last step; see `train` for the exit status."""
+        checkpoints = Checkpoints(self.directory / "checkpoints", self.config.checkpoint.keep)
+        data = train_batches(
+            self.corpus.train,
+            seq_len=self.config.data.seq_len,
+            batch_size=self.config.data.batch_size,
+            seed=self.config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            prefetch=self.config.data.prefetch,
+        )
+        try:
+            with stop_on_signals() as stop:
+                return self._go(checkpoints, data, stop)
+        except NonFiniteError as error:
+            where = save_failure(self.directory / "failure", error)
+            self.report.say(f"stopped: {error}; the state before that step and its batch are in {where}")
+            return 1
+        finally:
+            self.report.close()
+            checkpoints.close()
+            data.close()  # its thread would otherwise outlive the interpreter
+
+    def _go(self, checkpoints: Checkpoints, data: Any, stop: StopRequest) -> int:
+        steps, report = self.config.steps, self.report
+        state = self._start_or_resume(checkpoints, data)
+        start = int(state.step)
+        devices = self.model.mesh.devices
+        report.say(
+            f"{self.config.preset}: {self.model.num_parameters:,} parameters on "
+            f"{dict(self.model.mesh.shape)} of {devices.flat[0].device_kind}; "
+            f"{self.corpus.train.num_targets:,} training tokens, {self.corpus.train.num_documents} documents"
+        )
+        report.say(f"bigram baseline: {self._units(self.bigram)} on held-out text")
+        if start >= steps:
+            more = 2 * start
+            report.say(
+                f"already complete: resumed at step {start} of {steps}; pass --steps {more} to train on"
+            )
+        else:
+            tensorboard = self.directory / "tensorboard" if self.config.log.tensorboard else None
+            report.start(tensorboard, start, steps)
+            state = self._steps(state, start, checkpoints, data, stop)
+            checkpoints.wait()
+            if stop.signal is not None:
+                step = int(state.step)
+                report.close()
+                report.say(
+                    f"stopped by {stop.signal.name} after step {step} of {steps}; saved, and the same "
+                    "command resumes"
+                )
+                return 128 + stop.signal.value
+        self._finish(state, checkpoints)
+        return 0
+
+    def _start_or_resume(self, checkpoints: Checkpoints, data: Any) -> TrainState:
+        """The state to go on from; `data` and metrics.jsonl are set to match."""
+        found = checkpoints.steps()
+        if found and not self.config.checkpoint.resume:
+            raise ConfigError(
+                f"argument --checkpoint.no-resume: {self.directory} has checkpoints up to step {found[-1]}; "
+                "choose another --run-dir, or delete it"
+            )
+        restored = checkpoints.restore_newest(
+            self.model.abstract_train_state(self.optimizer),
+            data,
+            self._saved_config["model"],
+            self.report.say,
+        )
+        if restored is None:
+            self.report.say(f"new run in {self.directory}")
+            state = self.model.init_train_state(self.optimizer, self.config.seed)
+        else:
+            state = restored.state
+            self.report.say(f"resumed {self.directory} at step {int(state.step)}")
+            then, now = (
+                {k: c[k] for k in ("train", "corpus")} for c in (restored.config, self._saved_config)
+            )
+            for name, (a, b) in options.differing_fields(then, now).items():
+                self.report.say(f"note: {name} was {a!r} when that was saved and is {b!r} now")
+        if jax.process_index() == 0:
+            text = json.dumps(self._saved_config, indent=2)
+            (self.directory / "config.json").write_text(text + "\n")
+        return state
+
+    def _steps(
+        self, state: TrainState, start: int, checkpoints: Checkpoints, data: Any, stop: StopRequest
+    ) -> TrainState:
+        """Steps from `start` to the end, or until asked to stop; saves at the end either way.
+
+        A step's numbers are read one step late, while the next one runs.
+        """
+        config = self.config
+        shardings = jax.tree.map(lambda x: x.sharding, self.model.abstract_train_state(self.optimizer))
+        train_step = make_train_step(
+            self.model.model,
+            self.optimizer,
+            self.schedule,
+            shardings,
+            self.model.mesh,
+            self.rules,
+            config.optimizer.accumulate,
+        )
+        log = MetricsFile(self.directory / "metrics.jsonl", start) if jax.process_index() == 0 else None
+        kind = self.model.mesh.devices.flat[0].device_kind
+        peak = peak_flops(kind, config.log.peak_tflops)
+        throughput = Throughput(
+            flops_per_token(self.model.config, config.data.seq_len),
+            None if peak is None else peak * self.model.mesh.size,
+        )
+
+        def write(line: dict[str, Any]) -> None:
+            self.report.step(line, last=line["step"] == config.steps)
+            if log is not None:
+                log.write(line)
+
+        ok = jnp.ones((), bool)
+        pending: tuple[int, StepMetrics, Batch] | None = None
+        for step in range(start + 1, config.steps + 1):
+            batch = next(data)
+            state, metrics = train_step(state, global_batch(batch, self.model.mesh, self.rules), ok)
+            ok = metrics.ok
+            if pending is not None:
+                write(self._line(*pending, state, throughput))
+            pending = (step, metrics, batch)
+
+            last = step == config.steps or self._must_stop(stop, step)
+            evaluate = step % config.eval.every == 0 or last
+            save = step % config.checkpoint.every == 0 or last
+            sample = step % config.sample.every == 0 and not last
+            if not (evaluate or save or sample):
+                continue
+            line = self._line(*pending, state, throughput)
+            pending = None
+            if evaluate:
+                line["eval_loss"] = self.evaluate(state)
+            write(line)  # before saving: a resumed run finds the lines of all steps before it
+            if save:
+                checkpoints.save(step, state, data, self._saved_config, line.get("eval_loss"))
+            if sample and self._can_sample:
+                self.report.text("sample", self._sample(state), step)
+            if last:
+                break
+            throughput.restart()
+        if log is not None:
+            log.close()
+        return state
+
+    def _line(
+        self, step: int, metrics: StepMetrics, batch: Batch, state: TrainState, throughput: Throughput
+    ) -> dict[str, Any]:
+        """A step's numbers, once they are there.
+
+        Raises:
+            NonFiniteError: the step's loss or gradient was not finite; `state` is then still the one
+                before that step.
+        """
+        loss, grad_norm, learning_rate, tokens, ok = (x.item() for x in jax.device_get(metrics))
+        if not ok:
+            raise NonFiniteError(step, loss, grad_norm, state, batch, self._saved_config)
+        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        return line | {"tokens": int(tokens)} | throughput.update(tokens)
+
+    def _must_stop(self, stop: StopRequest, step: int) -> bool:
+        if jax.process_count() == 1:
+            return bool(stop)
+        if step % self.config.log.every:  # asking every process makes all wait for each other
+            return False
+        asked = multihost_utils.process_allgather(np.array([stop.signal or 0]))
+        if asked.max():
+            stop.signal = signal.Signals(int(asked.max()))
+        return bool(stop)
+
+    def evaluate(self, state: TrainState) -> float:
+        """Mean loss on the held-out batches, nats per token."""
+        sums = []
+        rows = self.config.data.batch_size // jax.process_count()
+        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        for batch in self.eval_batches:
+            local = {name: x[mine] for name, x in batch.items()}
+            sums.append(self._eval_step(state.params, global_batch(local, self.model.mesh, self.rules)))
+        losses, counts = np.array(jax.device_get(sums), np.float64).T
+        return float(losses.sum() / counts.sum())
+
+    def _finish(self, state: TrainState, checkpoints: Checkpoints) -> None:
+        """Evaluates, samples, and says what came of it and how to go on."""
+        loss = self.evaluate(state)
+        if self._can_sample:
+            self.report.text("sample", self._sample(state), int(state.step))
+        self.report.close()
+        saved = checkpoints.directory / str(checkpoints.steps()[-1])
+        self.report.say(f"eval loss {self._units(loss)}, bigram baseline {self._units(self.bigram)}")
+        self.report.say(f"checkpoint: {saved}")
+        command = f"python -m train --preset {self.config.preset} --run-dir {self.directory}"
+        self.report.say(f"train on:   {command} --steps {max(self.config.steps, int(state.step)) * 2}")
+        self.report.say(f'generate:   {command} --sample.prompt "class " --sample.tokens 400')
+
+    def _units(self, nats: float) -> str:
+        held_out = self.corpus.held_out
+        bits = nats / math.log(2) * held_out.num_targets / held_out.num_bytes
+        return f"{nats:.4f} nats/token ({bits:.3f} bits/byte)"
+
+    def _sample(self, state: TrainState) -> str:
+        model: LanguageModel = self.model.model(state.params)
+        return sample_text(model, self.tokenizer, self.config.sample, self.config.seed)
+
+    @property
+    def _can_sample(self) -> bool:
+        # Generation runs in one process; parameters spread over several are out of its reach.
+        return self.config.sample.tokens > 0 and jax.process_count() == 1
+
+    @cached_property
+    def _saved_config(self) -> dict[str, Any]:
+        return {
+            "model": options.to_dict(self.model.config),
+            "train": options.to_dict(self.config),
+            "corpus": {"fingerprint": self.corpus.fingerprint},
+        }
+
+    @cached_property
+    def schedule(self) -> Any:
+        """Step -> learning rate."""
+        return make_schedule(self.config.optimizer, self.config.steps)
+
+    @cached_property
+    def optimizer(self) -> Any:
+        """The Optax optimizer."""
+        return make_optimizer(self.config.optimizer, self.schedule, decay_mask(self.model.logical_axes))
+
+    @cached_property
+    def eval_batches(self) -> list[Batch]:
+        """The held-out batches every evaluation uses."""
+        data = self.config.data
+        return eval_batches(
+            self.corpus.held_out,
+            seq_len=data.seq_len,
+            batch_size=data.batch_size,
+            max_batches=self.config.eval.batches,
+        )
+
+    @cached_property
+    def bigram(self) -> float:
+        """The baseline's loss on those batches, nats per token."""
+        return bigram_loss(self.corpus.train, self.eval_batches, self.tokenizer.vocab_size)
+
+    @cached_property
+    def _eval_step(self) -> Any:
+        return make_eval_step(self.model.model, self.model.shardings, self.model.mesh, self.rules)

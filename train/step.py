@@ -1,0 +1,121 @@
+"""The jitted training and evaluation steps."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deltajax.models import LanguageModel
+from train.mesh import ShardingRules
+from train.objective import batch_loss_sum
+
+Params = Any  # nested dict of float32 arrays
+Batch = dict[str, jax.Array]  # tokens, targets, segment_ids: int32 [B, T]
+Build = Callable[[Params], LanguageModel]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes; also of shapes or shardings in place of the arrays."""
+
+    step: Any  # int32 [], steps taken
+    params: Params
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """What a training step reports, all scalars."""
+
+    loss: jax.Array  # float32, nats per token
+    grad_norm: jax.Array  # float32, before clipping
+    learning_rate: jax.Array  # float32
+    tokens: jax.Array  # float32, targets that counted
+    ok: jax.Array  # bool, False from the first step whose loss or gradient was not finite
+
+
+def micro_batches(batch: Batch, parts: int, mesh: Mesh, rules: ShardingRules) -> Batch:
+    """[B, T] -> [parts, B / parts, T], every device keeping its own rows.
+
+    Row b goes to micro-batch b % parts: a device's contiguous rows then spread evenly over all of them.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, *rules.spec(("batch",))))
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return jax.tree.map(cut, batch)
+
+
+def loss_and_grads(
+    build: Build, params: Params, batch: Batch, parts: int, mesh: Mesh, rules: ShardingRules
+) -> tuple[jax.Array, jax.Array, Params]:
+    """Mean loss, number of targets and gradients of a batch, computed in `parts` micro-batches.
+
+    Sums of losses and of their gradients are accumulated in float32 and divided by the batch's number of
+    targets once, so micro-batches of unequal length weigh what they should.
+    """
+    value_and_grad = jax.value_and_grad(
+        lambda p, b: batch_loss_sum(build(p), b), has_aux=True
+    )  # of the sum, not the mean
+    if parts == 1:
+        (loss, count), grads = value_and_grad(params, batch)
+    else:
+
+        def accumulate(carry, micro):
+            (loss, count), grads = value_and_grad(params, micro)
+            return jax.tree.map(jnp.add, carry, (loss, count, grads)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = (zero, zero, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+        (loss, count, grads), _ = jax.lax.scan(accumulate, start, micro_batches(batch, parts, mesh, rules))
+    scale = 1.0 / jnp.maximum(count, 1.0)
+    return loss * scale, count, jax.tree.map(lambda g: g * scale, grads)
+
+
+def make_train_step(
+    build: Build,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    shardings: TrainState,
+    mesh: Mesh,
+    rules: ShardingRules,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]:
+    """Builds the jitted `train_step(state, batch, ok) -> (state, metrics)`; the state is donated.
+
+    `ok` is the previous step's flag. Once a loss or a gradient is not finite, the step and all after it
+    hand the state through untouched: the host may look a step late and still finds the state that failed.
+    """
+
+    def train_step(state: TrainState, batch: Batch, ok: jax.Array) -> tuple[TrainState, StepMetrics]:
+        loss, count, grads = loss_and_grads(build, state.params, batch, accumulate, mesh, rules)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        ok = ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
+        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        return new, StepMetrics(loss, grad_norm, learning_rate, count, ok)
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, NamedSharding(mesh, rules.spec(("batch",))), replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    build: Build, param_shardings: Params, mesh: Mesh, rules: ShardingRules
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """Builds the jitted `eval_step(params, batch) -> (summed loss in nats, number of targets)`."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        lambda params, batch: batch_loss_sum(build(params), batch),
+        in_shardings=(param_shardings, NamedSharding(mesh, rules.spec(("batch",)))),
+        out_shardings=(replicated, replicated),
+    )
