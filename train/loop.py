@@ -282,9 +282,9 @@ class Run:
         saved = checkpoints.directory / str(checkpoints.steps()[-1])
         self.report.say(f"eval loss {self._units(loss)}, bigram baseline {self._units(self.bigram)}")
         self.report.say(f"checkpoint: {saved}")
-        command = f"python -m train --preset {self.config.preset} --run-dir {self.directory}"
-        self.report.say(f"train on:   {command} --steps {max(self.config.steps, int(state.step)) * 2}")
-        self.report.say(f'generate:   {command} --sample.prompt "class " --sample.tokens 400')
+        more = max(self.config.steps, int(state.step)) * 2
+        self.report.say(f"to train on, add to the same command: --steps {more}")
+        self.report.say('to generate: --sample.prompt "class " --sample.tokens 400')
 
     def _units(self, nats: float) -> str:
         held_out = self.corpus.held_out
