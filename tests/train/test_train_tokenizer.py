@@ -1,0 +1,59 @@
+"""Tokenizers give back the text they were given."""
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
+
+from train.tokenizer import ByteTokenizer, FileTokenizer
+
+TEXT = "def f(x):\n\treturn x  # naïve Δ 漢字 🙂\n"
+
+
+@pytest.fixture
+def bpe(tmp_path):
+    """A byte-level BPE tokenizer file trained on a few bytes, with an end-of-text token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<stop>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 10, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_bytes_round_trip():
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(TEXT.encode())
+    assert tokenizer.decode([tokenizer.eos_id, *ids, 259]) == TEXT
+
+
+def test_file_tokenizer_round_trips_and_finds_its_separator(bpe):
+    tokenizer = FileTokenizer(bpe)
+    ids = tokenizer.encode(TEXT.encode())
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == TEXT
+    assert tokenizer.eos_id == 0 and ids.max() < tokenizer.vocab_size
+
+
+def test_separator_can_be_named_and_must_exist(bpe):
+    assert FileTokenizer(bpe, "<stop>").eos_id == 1
+    with pytest.raises(ValueError, match="no token '<nope>'"):
+        FileTokenizer(bpe, "<nope>")
+
+
+def test_tokenizer_without_separator_gets_one(tmp_path):
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "t.json"))
+    tokenizer = FileTokenizer(tmp_path / "t.json")
+    assert tokenizer.eos_id == 2 and tokenizer.vocab_size == 3
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        FileTokenizer(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        FileTokenizer(tmp_path / "broken.json")
