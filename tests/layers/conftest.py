@@ -1,0 +1,61 @@
+"""One list of mixers, shared by every property test of this folder."""
+
+import functools
+
+import jax
+import pytest
+from flax import nnx
+
+from deltajax.layers import Attention, DeltaNet, GatedDeltaNet, KimiDeltaAttention
+
+HIDDEN = 24
+
+MIXERS = {
+    "delta_net": functools.partial(DeltaNet, num_heads=2, head_dim=8),
+    "delta_net_gated_negative": functools.partial(
+        DeltaNet, num_heads=2, head_dim=8, expand_v=2, use_gate=True, allow_neg_eigval=True
+    ),
+    "gated_delta_net": functools.partial(GatedDeltaNet, num_heads=2, head_dim=8, expand_v=2),
+    "gated_delta_net_grouped": functools.partial(
+        GatedDeltaNet, num_heads=2, num_v_heads=4, head_dim=8, head_v_dim=4, use_gate=False
+    ),
+    "kda": functools.partial(KimiDeltaAttention, num_heads=2, head_dim=8),
+    "kda_bounded_grouped": functools.partial(
+        KimiDeltaAttention, num_heads=1, num_v_heads=2, head_dim=8, head_v_dim=4, lower_bound=-5.0
+    ),
+    "full_attention": functools.partial(Attention, num_heads=4, num_kv_heads=2, head_dim=8),
+    "full_attention_nope": functools.partial(Attention, num_heads=2, head_dim=8, rope_theta=None),
+    "sliding_window": functools.partial(Attention, num_heads=2, head_dim=8, window_size=3),
+}
+
+
+class Mixer:
+    """A layer built from one case, with its calls compiled and its cache made uniformly."""
+
+    def __init__(self, name: str, **options):
+        # Wide kernels: with the default 0.02 outputs would be too small to tell right from wrong.
+        self.layer = MIXERS[name](hidden_size=HIDDEN, initializer_range=0.4, rngs=nnx.Rngs(1), **options)
+        self.graph, self.state = nnx.split(self.layer)
+
+    def __call__(self, x, segment_ids=None, cache=None, state=None):
+        return _call(self.graph, self.state if state is None else state, x, segment_ids, cache)
+
+    def cache(self, batch: int, max_length: int = 16):
+        if isinstance(self.layer, Attention):
+            return self.layer.init_cache(batch, max_length)
+        return self.layer.init_cache(batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(graph, state, x, segment_ids, cache):
+    return nnx.merge(graph, state)(x, segment_ids=segment_ids, cache=cache)
+
+
+@pytest.fixture(params=MIXERS, scope="session")
+def mixer(request) -> Mixer:
+    return Mixer(request.param)
+
+
+@pytest.fixture(params=["delta_net", "gated_delta_net", "kda", "sliding_window"])
+def bfloat16_mixer(request) -> Mixer:
+    return Mixer(request.param, dtype="bfloat16")

@@ -1,0 +1,144 @@
+"""Properties that every mixer keeps: caches, packing, padding, rows, gradients, axis names."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+HIDDEN = 24
+T = 9
+# Float32 sums in another order (chunked against one token at a time).
+TOLERANCE = dict(rtol=1e-4, atol=2e-5)
+
+
+def inputs(batch: int, length: int = T, seed: int = 0):
+    return jax.random.normal(jax.random.key(seed), (batch, length, HIDDEN))
+
+
+def decode(mixer, x, cache):
+    outputs = []
+    for t in range(x.shape[1]):
+        y, cache = mixer(x[:, t : t + 1], cache=cache)
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), cache
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5])
+def test_cached_decode_from_any_prefix_equals_the_full_forward(mixer, prefix):
+    x = inputs(2)
+    cache = mixer.cache(2)
+    if prefix:
+        _, cache = mixer(x[:, :prefix], cache=cache)
+    y, _ = decode(mixer, x[:, prefix:], cache)
+    np.testing.assert_allclose(y, mixer(x)[:, prefix:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("split", [1, 4, 8])
+def test_splitting_at_any_point_with_caches_equals_no_splitting(mixer, split):
+    x = inputs(2)
+    y1, cache = mixer(x[:, :split], cache=mixer.cache(2))
+    y2, cache = mixer(x[:, split:], cache=cache)
+    y, whole = mixer(x, cache=mixer.cache(2))
+    np.testing.assert_allclose(jnp.concatenate([y1, y2], axis=1), y, **TOLERANCE)
+    np.testing.assert_allclose(y, mixer(x), **TOLERANCE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), cache, whole)
+
+
+def test_packed_segments_equal_sequences_run_alone_in_outputs_and_gradients(mixer):
+    x, weight = inputs(1), inputs(1, seed=1)
+    ids = jnp.array([[7, 7, 7, 2, 2, 2, 2, 0, 5]])
+    pieces = [(0, 3), (3, 7), (8, 9)]
+
+    def packed(state, x):
+        return jnp.sum(mixer(x, ids, state=state) * weight)
+
+    def alone(state, x):
+        return sum(jnp.sum(mixer(x[:, a:b], state=state) * weight[:, a:b]) for a, b in pieces)
+
+    y = mixer(x, ids)
+    for a, b in pieces:
+        np.testing.assert_allclose(y[:, a:b], mixer(x[:, a:b]), **TOLERANCE)
+    np.testing.assert_array_equal(y[:, 7], 0)
+    got, want = (jax.grad(f, argnums=(0, 1))(mixer.state, x) for f in (packed, alone))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize("side", ["trailing", "leading"])
+def test_ragged_rows_equal_each_row_alone_through_prefill_and_decode(mixer, side):
+    x, more = inputs(3), inputs(3, 3, seed=1)
+    lengths = [9, 1, 4]
+    real = jnp.arange(T) < jnp.array(lengths)[:, None]
+    ids = (real if side == "trailing" else real[:, ::-1]).astype(jnp.int32)
+    y, cache = mixer(x, ids, mixer.cache(3))
+    z, _ = decode(mixer, more, cache)
+    for i, n in enumerate(lengths):
+        a, b = (0, n) if side == "trailing" else (T - n, T)
+        alone, row = mixer(x[i : i + 1, a:b], cache=mixer.cache(1))
+        np.testing.assert_allclose(y[i : i + 1, a:b], alone, **TOLERANCE)
+        np.testing.assert_allclose(z[i : i + 1], decode(mixer, more[i : i + 1], row)[0], **TOLERANCE)
+
+
+def test_after_a_packed_prefill_the_cache_continues_the_last_segment(mixer):
+    x = inputs(1)
+    ids = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]])
+    _, cache = mixer(x, ids, mixer.cache(1))
+    _, alone = mixer(x[:, 4:7], cache=mixer.cache(1))
+    more = inputs(1, 2, seed=1)
+    np.testing.assert_allclose(decode(mixer, more, cache)[0], decode(mixer, more, alone)[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_row_of_padding_outputs_zero_and_leaves_its_cache_alone(mixer, length):
+    _, cache = mixer(inputs(2), cache=mixer.cache(2))
+    ids = jnp.array([[1] * length, [0] * length])
+    y, after = mixer(inputs(2, length, seed=1), ids, cache)
+    np.testing.assert_array_equal(y[1], 0)
+    assert float(jnp.abs(y[0]).max()) > 0
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), cache, after)
+
+
+def test_outputs_do_not_depend_on_batch_neighbours(mixer):
+    x = inputs(2)
+    other = x.at[1].set(100.0)
+    ids = jnp.array([[1] * T, [1] * 4 + [0] * (T - 4)])
+    np.testing.assert_array_equal(mixer(x)[0], mixer(other)[0])
+    np.testing.assert_array_equal(mixer(x, ids)[0], mixer(other, jnp.ones_like(ids))[0])
+
+
+def test_outputs_do_not_depend_on_later_tokens(mixer):
+    x = inputs(1)
+    np.testing.assert_allclose(mixer(x)[:, :5], mixer(x.at[:, 5:].set(9.0))[:, :5], **TOLERANCE)
+
+
+def test_gradients_are_finite_and_reach_every_parameter(mixer):
+    grads = jax.grad(lambda s: jnp.sum(mixer(inputs(2), state=s) ** 2))(mixer.state)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert jnp.isfinite(grad).all(), path
+        assert jnp.abs(grad).max() > 0, path
+
+
+def test_gradients_are_finite_at_zero_inputs(mixer):
+    grads = jax.grad(lambda s: jnp.sum(mixer(jnp.zeros((1, 4, HIDDEN)), state=s)))(mixer.state)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_bfloat16_compute_keeps_float32_parameters_state_and_gradients(bfloat16_mixer):
+    mixer = bfloat16_mixer
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(mixer.state))
+    x = inputs(2)
+    y, cache = mixer(x, cache=mixer.cache(2))
+    assert y.dtype == jnp.bfloat16
+    if hasattr(cache, "state"):
+        assert cache.state.dtype == jnp.float32 and cache.q_conv.dtype == jnp.bfloat16
+    grads = jax.grad(lambda s: jnp.sum(mixer(x, state=s).astype(jnp.float32)))(mixer.state)
+    assert all(g.dtype == jnp.float32 and jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_every_parameter_has_one_logical_axis_name_per_dimension(mixer):
+    known = {"embed", "heads", "kv_heads", "head_dim", "conv"}
+    for path, param in nnx.to_flat_state(mixer.state):
+        axes = param.get_metadata("out_sharding")
+        assert len(axes) == param.ndim and set(axes) <= known and len(set(axes)) == len(axes), path
+    specs = nnx.get_partition_spec(mixer.state)
+    assert jax.tree.structure(specs) == jax.tree.structure(mixer.state)
