@@ -92,7 +92,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, ok: jax.Array) -> tuple[TrainState, StepMetrics]:
         loss, count, grads = loss_and_grads(build, state.params, batch, accumulate, mesh, rules)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         ok = ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -1,0 +1,133 @@
+"""One training step: what it computes, and that how it is computed does not matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from deltajax.models import LanguageModel, get_preset
+from train.config import OptimizerConfig
+from train.mesh import ShardingRules, make_mesh
+from train.model_state import model_state
+from train.objective import _parts, batch_loss_sum, cross_entropy_sum
+from train.optimizer import decay_mask, make_optimizer
+from train.step import loss_and_grads, make_train_step
+
+# Sums of a few hundred float32 terms, taken in another order.
+ROUNDING = 2e-5
+
+# The scan is the quickest of the backends to compile.
+CONFIG = get_preset("tiny_delta_net").replace(
+    num_layers=1, hidden_size=32, num_heads=1, head_dim=16, intermediate_size=48, implementation="scan"
+)
+RULES = ShardingRules()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_state(CONFIG, make_mesh(1, 1), RULES)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return model.init(0)
+
+
+def packed_batch(rows=4, length=32, seed=0):
+    """Rows of two documents and padding, of very different lengths."""
+    rng = np.random.default_rng(seed)
+    segments = np.zeros((rows, length), np.int32)
+    for row, end in enumerate(rng.integers(3, length, size=rows)):
+        segments[row, :end] = 1
+        segments[row, end // 2 : end] = 2
+    tokens, targets = rng.integers(0, 257, size=(2, rows, length)).astype(np.int32)
+    arrays = {"tokens": tokens, "targets": targets, "segment_ids": segments}
+    return {name: jnp.asarray(x) for name, x in arrays.items()}
+
+
+def close(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=ROUNDING, atol=ROUNDING * float(jnp.abs(y).max()))
+
+
+def test_loss_is_the_masked_mean_cross_entropy(model, params):
+    batch = packed_batch()
+    loss, count, _ = loss_and_grads(model.model, params, batch, 1, model.mesh, RULES)
+    logits = model.model(params)(batch["tokens"], segment_ids=batch["segment_ids"])
+    log_p = jax.nn.log_softmax(logits)
+    picked = np.take_along_axis(np.asarray(log_p), np.asarray(batch["targets"])[..., None], -1)[..., 0]
+    mask = np.asarray(batch["segment_ids"]) > 0
+    assert int(count) == mask.sum()
+    assert float(loss) == pytest.approx(-picked[mask].mean(), rel=1e-5)
+
+
+def test_masked_targets_have_no_say():
+    logits = jax.random.normal(jax.random.key(0), (1, 4, 7))
+    targets, mask = jnp.array([[1, 2, 3, 4]]), jnp.array([[True, True, False, False]])
+    other = targets.at[0, 2:].set(0)
+    assert cross_entropy_sum(logits, targets, mask) == cross_entropy_sum(logits, other, mask)
+
+
+def test_bfloat16_logits_are_reduced_in_float32():
+    logits = jax.random.normal(jax.random.key(0), (2, 64, 300)).astype(jnp.bfloat16)
+    targets, mask = jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64), bool)
+    total = cross_entropy_sum(logits, targets, mask)
+    assert total.dtype == jnp.float32
+    assert total == pytest.approx(float(cross_entropy_sum(logits.astype(jnp.float32), targets, mask)))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_the_full_batch(model, params, parts):
+    batch = packed_batch()
+    full = jax.jit(lambda p: loss_and_grads(model.model, p, batch, 1, model.mesh, RULES))(params)
+    cut = jax.jit(lambda p: loss_and_grads(model.model, p, batch, parts, model.mesh, RULES))(params)
+    close(cut, full)
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(cut[2]))
+
+
+def test_logits_in_parts_equal_logits_at_once(model, params):
+    batch = packed_batch()
+
+    def loss(p, limit):
+        return batch_loss_sum(model.model(p), batch, limit)[0]
+
+    values = [jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, n) for n in (2**26, 4 * 8 * 260)]
+    close(values[1], values[0])
+
+
+def test_parts_divide_the_row_and_fit():
+    assert [_parts(12, 120, limit) for limit in (120, 119, 31, 11, 1)] == [1, 2, 4, 12, 12]
+
+
+def test_parameters_match_the_module_they_came_from(model, params):
+    direct = nnx.to_pure_dict(nnx.state(LanguageModel(CONFIG, rngs=nnx.Rngs(0)), nnx.Param))
+    close(params, direct)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+def test_step_trains_and_a_bad_batch_stops_it_untouched(model):
+    optimizer = make_optimizer(
+        OptimizerConfig(), optax.constant_schedule(1e-2), decay_mask(model.logical_axes)
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, model.abstract_train_state(optimizer))
+    step = make_train_step(
+        model.model, optimizer, optax.constant_schedule(1e-2), shardings, model.mesh, RULES
+    )
+    state, ok, batch = model.init_train_state(optimizer, 0), jnp.ones((), bool), packed_batch()
+    reported = []
+    for _ in range(5):
+        state, metrics = step(state, batch, ok)
+        reported.append(float(metrics.loss))
+    assert np.all(np.diff(reported) < 0) and bool(metrics.ok) and int(state.step) == 5
+    assert float(metrics.learning_rate) == pytest.approx(1e-2)
+
+    poisoned = state._replace(params=jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), state.params))
+    before = jax.tree.map(np.array, poisoned)
+    after, metrics = step(poisoned, batch, ok)
+    assert not bool(metrics.ok) and not np.isfinite(float(metrics.loss))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, after), before)
+    # The flag sticks: the next step, finite or not, changes nothing either.
+    again, metrics = step(model.init_train_state(optimizer, 0), batch, metrics.ok)
+    assert int(again.step) == 0 and not bool(metrics.ok)
