@@ -18,8 +18,8 @@ MAX_V = 512
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether ``x`` has values to look at now (it is not being traced)."""
-    return not isinstance(x, jax.core.Tracer)
+    """Whether this process can look at ``x``'s values now: not traced, nor spread over processes."""
+    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def check_float(name: str, x: Any) -> None:
@@ -75,8 +75,12 @@ def check_gate(gate: Any, kind: GateKind, HV: int, K: int) -> None:
 
 def _log_decay_values(g: Any) -> None:
     """g > 0 would be growth: chunked forms and kernels rely on exp(G_r - G_i) <= 1, so it is refused."""
-    if is_concrete(g) and g.size and float(jnp.max(g)) > 0:
-        raise ValueError(f"g is a log decay and must be <= 0, got a maximum of {float(jnp.max(g)):.6g}")
+    if not is_concrete(g):
+        return
+    with jax.ensure_compile_time_eval():  # a concrete g may be closed over by a function being traced
+        top = float(jnp.max(g))
+    if top > 0:
+        raise ValueError(f"g is a log decay and must be <= 0, got a maximum of {top:.6g}")
 
 
 def check_call(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
@@ -113,34 +114,45 @@ def decayed_relations(
 
 @jax.custom_vjp
 def unit_lower_inverse(a: Float[Array, "... C C"]) -> Float[Array, "... C C"]:
-    """``T = (I + A)^-1`` for a strictly lower triangular A; C <= 16 or a power of two.
+    """``T = (I + A)^-1`` for a strictly lower triangular A; C a power of two.
 
-    Rows of the diagonal blocks of 16 by substitution, then blocks of twice the size by
-    ``[[E, 0], [L, O]]^-1 = [[E^-1, 0], [-O^-1 L E^-1, O^-1]]``. No power of A is formed: with repeated keys
-    and beta = 2 powers overflow although T stays small.
+    Blocks of twice the size from blocks: ``[[E, 0], [L, O]]^-1 = [[E^-1, 0], [-O^-1 L E^-1, O^-1]]``. No
+    power of A is formed: with repeated keys and beta = 2 powers overflow although T stays small.
     """
     C = a.shape[-1]
     size = min(C, INVERSE_BLOCK)
-
-    def diagonal_blocks(size: int, below: int) -> Array:  # [..., C / size', size, size]
-        step = size * (1 + below)
-        return jnp.stack(
-            [a[..., i + size * below : i + size * (1 + below), i : i + size] for i in range(0, C, step)],
-            axis=-3,
-        )
-
-    block = diagonal_blocks(size, 0)
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), block.shape)
-    for r in range(1, size):  # row r: e_r - A[r, :r] T[:r]
-        row = jnp.sum(block[..., r, :r, None] * inverse[..., :r, :], axis=-2)
-        inverse = inverse.at[..., r, :].add(-row)
+    block = _diagonal_blocks(a, size, below=0)  # [..., C / size, size, size]
+    inverse = _small_inverse(block)
     while size < C:
         even, odd = _pairs(inverse)
-        below = diagonal_blocks(size, 1)
-        matmul = lambda x, y: jnp.matmul(x, y, precision=Precision.HIGHEST)  # noqa: E731
-        inverse = _merge(inverse, -matmul(odd, matmul(below, even)))
+        below = _diagonal_blocks(a, size, below=1)
+        inverse = _merge(inverse, -_full_matmul(odd, _full_matmul(below, even)))
         size *= 2
     return inverse[..., 0, :, :]
+
+
+def _full_matmul(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, precision=Precision.HIGHEST)
+
+
+def _diagonal_blocks(a: Float[Array, "... C C"], size: int, below: int) -> Float[Array, "... m size size"]:
+    """The diagonal's blocks, or (``below`` = 1) the lower left block of each pair of them."""
+    starts = range(0, a.shape[-1], size * (1 + below))
+    return jnp.stack(
+        [a[..., i + size * below : i + size * (1 + below), i : i + size] for i in starts], axis=-3
+    )
+
+
+def _small_inverse(a: Float[Array, "... s s"]) -> Float[Array, "... s s"]:
+    """The same doubling inside one small matrix, ``X <- X - X L X`` with L a level's lower left blocks."""
+    size = a.shape[-1]
+    r, i = np.arange(size)[:, None], np.arange(size)[None]
+    level = np.bitwise_xor(r, i)  # 2^l <= level < 2^(l+1): tokens r and i meet at block size 2^l
+    inverse = jnp.eye(size, dtype=a.dtype) - jnp.where(level == 1, a, 0)
+    for l in range(1, size.bit_length() - 1):
+        below = jnp.where((level >> l == 1) & (r > i), a, 0)
+        inverse = inverse - _full_matmul(_full_matmul(inverse, below), inverse)
+    return inverse
 
 
 def _inverse_fwd(a):
@@ -150,12 +162,7 @@ def _inverse_fwd(a):
 
 def _inverse_bwd(inverse, cotangent):
     # d(I + A)^-1 = -T dA T, so dA = -T^T dT T^T, of which the strictly lower part is A's.
-    transposed = inverse.mT
-    product = jnp.matmul(
-        jnp.matmul(transposed, cotangent, precision=Precision.HIGHEST),
-        transposed,
-        precision=Precision.HIGHEST,
-    )
+    product = _full_matmul(_full_matmul(inverse.mT, cotangent), inverse.mT)
     return (-jnp.tril(product, -1),)
 
 

@@ -42,7 +42,7 @@ def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[A
       NotImplementedError: "pallas", and no kernel supports the call.
     """
     if implementation == "scan":
-        return scan.forward(inputs, options)
+        return _scan(inputs, options)
     if implementation == "chunked":
         return _op(inputs, options, (), True)
     if implementation not in ("pallas", None):
@@ -57,6 +57,9 @@ def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[A
             raise NotImplementedError(f"implementation='pallas' has no kernel for this call ({why})")
         return _op(inputs, options, platforms, False)
     return _op(inputs, options, platforms, True)
+
+
+_scan = jax.jit(scan.forward, static_argnums=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -76,6 +79,7 @@ def _op_bwd(options, platforms, fall_back, inputs, cotangents):
 _op.defvjp(_op_fwd, _op_bwd)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))  # one program also for a caller outside jit
 def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options: Options, inputs, *args):
     def bind(fn):
         return lambda inputs, *args: fn(inputs, options, *args)

@@ -1,0 +1,99 @@
+"""Every implementation against the recurrence in float64, on every shared case."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import cases
+from tests.cases import CASES, Case
+from tests.ops import numpy_loop
+
+SCAN_TOLERANCE = 1e-12  # float64 against float64
+FLOAT32_TOLERANCE = 1e-5
+BFLOAT16_TOLERANCE = 1e-2
+
+SWEEP = [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if c.slow_test else []) for c in CASES]
+
+
+@pytest.mark.parametrize("case", SWEEP)
+def test_scan_in_float64_equals_a_numpy_loop(case):
+    x = cases.arrays(case)
+    with jax.enable_x64(True):
+        o, state = jax.jit(cases.call, static_argnums=(0, 2))(case, jax.tree.map(jnp.asarray, x), "scan")
+    expected_o, expected_state = numpy_loop.delta_rule(case, x)
+    assert cases.relative_error(o, expected_o) < SCAN_TOLERANCE
+    assert cases.relative_error(state, expected_state) < SCAN_TOLERANCE
+
+
+def assert_close(got: dict, expected: dict, tolerance: float):
+    errors = {name: cases.relative_error(got[name], expected[name]) for name in expected}
+    bad = {name: error for name, error in errors.items() if not error < tolerance}
+    assert not bad, f"relative errors above {tolerance}: {bad}"
+
+
+@pytest.mark.parametrize("case", SWEEP)
+def test_chunked_equals_the_float64_scan_in_outputs_and_all_gradients(case):
+    for dtype, tolerance in ((np.float32, FLOAT32_TOLERANCE), (jnp.bfloat16, BFLOAT16_TOLERANCE)):
+        x = cases.arrays(case, dtype)
+        assert_close(cases.outputs_and_gradients(case, x, "chunked"), cases.reference(case, x), tolerance)
+
+
+@pytest.mark.parametrize("gate", cases.GATES)
+def test_chunked_in_float64_equals_scan_in_float64(gate):
+    case = Case(gate, T=130, B=2, H=2, HV=4, K=16, V=8, segments="states", decay="slow", beta_max=2.0)
+    x = cases.arrays(case)
+    with jax.enable_x64(True):
+        got = jax.device_get(cases.outputs_and_gradients(case, jax.tree.map(jnp.asarray, x), "chunked"))
+    assert got["o"].dtype == np.float64
+    assert_close(got, cases.reference(case, x), 1e-12)
+
+
+@pytest.mark.parametrize("gate", cases.GATES)
+def test_float16_inputs_stay_within_half_precision(gate):
+    case = Case(gate, T=65, K=32, V=16, decay="slow")
+    x = cases.arrays(case, np.float16)
+    got = cases.outputs_and_gradients(case, x, "chunked")
+    assert got["o"].dtype == jnp.float16 and got["dq"].dtype == jnp.float16
+    assert_close(got, cases.reference(case, x), 2e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("gate", cases.GATES)
+def test_identical_keys_in_any_direction_err_no_more_than_their_condition(gate, seed):
+    """With beta = 2 each token reflects the state along k, so an error d in k.k turns into 2 T d.
+
+    k.k is known to float32's unit roundoff at best (and the recurrence in float32 has the same disease once
+    the normalisation is inside it), hence a bound that grows with T.
+    """
+    T = 130
+    case = Case(gate, T=T, K=32, V=32, keys="random", beta_max=2.0, decay="zero", normalize=False)
+    x = cases.arrays(case, np.float32, seed)
+    x["k"] = np.broadcast_to(x["k"][:, :1], x["k"].shape)
+    x["beta"] = np.full_like(x["beta"], 2.0)
+    unit_roundoff = np.finfo(np.float32).eps / 2
+    assert_close(
+        cases.outputs_and_gradients(case, x, "chunked"), cases.reference(case, x), 2 * T * 8 * unit_roundoff
+    )
+
+
+@pytest.mark.parametrize("gate", ("head", "channel"))
+@pytest.mark.parametrize("implementation", ("scan", "chunked"))
+def test_extreme_gates_give_finite_outputs_and_gradients(gate, implementation):
+    """Raw gates of +-100 through the unbounded softplus, a fully forgetting token, zero keys."""
+    case = Case(gate, T=65, K=16, V=16, decay="softplus", keys="zero")
+    x = cases.arrays(case, np.float32)
+    x["g"] = np.where(np.arange(65).reshape(1, -1, *[1] * (x["g"].ndim - 2)) % 2, 100.0, -100.0) + x["g"]
+    x["g"] = x["g"].astype(np.float32)
+    got = cases.outputs_and_gradients(case, x, implementation)
+    for name, value in got.items():
+        assert np.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("gate", cases.GATES)
+def test_every_chunk_size_gives_the_same_result(gate):
+    case = Case(gate, T=130, K=16, V=16, decay="slow", segments="states")
+    x = cases.arrays(case, np.float32)
+    expected = cases.reference(case, x)
+    for chunk_size in (16, 32, 128, 256):
+        assert_close(cases.outputs_and_gradients(case, x, "chunked", chunk_size), expected, FLOAT32_TOLERANCE)
