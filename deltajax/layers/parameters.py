@@ -19,7 +19,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -28,8 +28,17 @@ INITIALIZER_RANGE = 0.02
 
 
 def named(init: nnx.Initializer, axes: Axes) -> nnx.Initializer:
-    """An initializer whose variable carries the logical axis names `axes`."""
-    return nnx.with_metadata(init, out_sharding=axes, eager_sharding=False)
+    """An initializer whose variable carries the logical axis names `axes`.
+
+    Through `nnx.bridge.to_linen` the parameter becomes Linen's own `LogicallyPartitioned`.
+    """
+    return nnx.with_metadata(
+        init,
+        out_sharding=axes,
+        eager_sharding=False,
+        sharding_rules=(),  # LogicallyPartitioned wants the key
+        linen_meta_type=linen.LogicallyPartitioned,
+    )
 
 
 def parameter(init: nnx.Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike, rngs: nnx.Rngs):

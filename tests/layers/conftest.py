@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
@@ -30,15 +31,24 @@ MIXERS = {
 
 
 class Mixer:
-    """A layer built from one case, with its calls compiled and its cache made uniformly."""
+    """A layer built from one case, with its calls compiled and its cache made uniformly.
 
-    def __init__(self, name: str, **options):
+    The op is the scan by default: it compiles fastest, and the ops' own tests compare the others to it.
+    """
+
+    def __init__(self, name: str, *, implementation: str | None = "scan", **options):
+        if MIXERS[name].func is not Attention:
+            options["implementation"] = implementation
         # Wide kernels: with the default 0.02 outputs would be too small to tell right from wrong.
         self.layer = MIXERS[name](hidden_size=HIDDEN, initializer_range=0.4, rngs=nnx.Rngs(1), **options)
         self.graph, self.state = nnx.split(self.layer)
 
-    def __call__(self, x, segment_ids=None, cache=None, state=None):
-        return _call(self.graph, self.state if state is None else state, x, segment_ids, cache)
+    def __call__(self, x, segment_ids=None, cache=None):
+        return _call(self.graph, self.state, x, segment_ids, cache)
+
+    def gradients(self, x, segment_ids, weight):
+        """Output, and the gradients of `sum(weight * y)` to parameters and input."""
+        return _gradients(self.graph, self.state, x, segment_ids, weight)
 
     def cache(self, batch: int, max_length: int = 16):
         if isinstance(self.layer, Attention):
@@ -51,9 +61,24 @@ def _call(graph, state, x, segment_ids, cache):
     return nnx.merge(graph, state)(x, segment_ids=segment_ids, cache=cache)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(graph, state, x, segment_ids, weight):
+    def loss(state, x):
+        y = nnx.merge(graph, state)(x, segment_ids=segment_ids)
+        return jnp.sum((weight * y).astype(jnp.float32)), y
+
+    grads, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(state, x)
+    return y, grads
+
+
 @pytest.fixture(params=MIXERS, scope="session")
 def mixer(request) -> Mixer:
     return Mixer(request.param)
+
+
+@pytest.fixture(params=["delta_net", "gated_delta_net", "kda"])
+def default_and_scan(request) -> tuple[Mixer, Mixer]:
+    return Mixer(request.param, implementation=None), Mixer(request.param)
 
 
 @pytest.fixture(params=["delta_net", "gated_delta_net", "kda", "sliding_window"])
