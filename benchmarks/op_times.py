@@ -1,0 +1,149 @@
+"""Times the ops on an accelerator, forward and forward + backward, and checks them against float64.
+
+    python -m benchmarks.op_times                  # the table, also as JSON with --json FILE
+    python -m benchmarks.op_times --check          # every shared test case and a few full-width ones
+    python -m benchmarks.op_times --only delta --chunk-sizes 64 128
+
+Times are medians of device time: `elapsed` from the start of one of many queued runs to the start of the
+next, so gaps between kernels count; `busy` sums the kernels alone (CUPTI). `temp` is the compiled program's
+temporary memory, on top of inputs and outputs.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from benchmarks import problems
+from tests import cases
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    check: bool = False
+    """Check errors instead of timing."""
+    only: tuple[str, ...] = ("",)
+    """Only problems (or cases, with --check) whose name contains one of these."""
+    implementations: tuple[str, ...] = ("chunked",)
+    chunk_sizes: tuple[int, ...] = (64,)
+    json: str | None = None
+    """File for the full numbers."""
+
+    def selects(self, x) -> bool:
+        return any(part in str(x) for part in self.only)
+
+
+def elapsed_ms(f, args, seconds: float = 0.4, groups: int = 7) -> float:
+    """Median over groups of the time of one queued run."""
+    jax.block_until_ready(f(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(f(*args))
+    once = time.perf_counter() - start
+    runs = max(2, round(seconds / groups / once))
+    samples = []
+    for _ in range(groups):
+        start = time.perf_counter()
+        for _ in range(runs):
+            out = f(*args)
+        jax.block_until_ready(out)
+        samples.append((time.perf_counter() - start) / runs * 1e3)
+    return statistics.median(samples)
+
+
+def busy_ms(f, args) -> float | None:
+    """Sum of kernel times on an NVIDIA GPU, else None."""
+    if jax.default_backend() != "gpu":
+        return None
+    from jax.experimental.mosaic.gpu import profiler
+
+    return statistics.median(profiler.measure(f, iterations=5)(*args)[1])
+
+
+def time_problem(p: problems.Problem, implementation: str, chunk_size: int) -> dict:
+    """One row of the table."""
+    args, do = problems.arguments(p, jax.random.key(int(time.time())))
+    f = problems.function(p, implementation, chunk_size)
+
+    def both(do, *args):
+        o, pull = jax.vjp(f, *args)
+        return o, pull(do)
+
+    row = {"problem": str(p), "implementation": implementation, "chunk_size": chunk_size}
+    for name, fn, xs in (("fwd", f, args), ("fwd_bwd", both, (do, *args))):
+        compiled = jax.jit(fn).lower(*xs).compile()
+        row[name] = elapsed_ms(compiled, xs)
+        row[name + "_busy"] = busy_ms(compiled, xs)
+        row[name + "_temp_mib"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    return row
+
+
+def check(options: Options) -> bool:
+    """Errors of every shared case in float32 and bfloat16 against the float64 recurrence on the CPU."""
+    full = [
+        cases.Case("none", T=1000, K=128, V=128, H=2, HV=4),
+        cases.Case("head", T=1000, K=128, V=128, H=2, HV=4, decay="softplus"),
+        cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="bounded"),
+        cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="slow", beta_max=2.0),
+    ]
+    ok = True
+    worst: dict[tuple, float] = {}
+    for case in [c for c in [*cases.CASES, *full] if options.selects(c)]:
+        for dtype, tolerance in ((np.float32, 1e-5), (jnp.bfloat16, 1e-2)):
+            x = cases.arrays(case, dtype)
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                expected = cases.reference(case, x)
+            for implementation in options.implementations:
+                got = cases.outputs_and_gradients(case, x, implementation)
+                errors = {n: cases.relative_error(got[n], expected[n]) for n in expected}
+                for n, e in errors.items():
+                    key = (implementation, np.dtype(dtype).name, n)
+                    worst[key] = max(worst.get(key, 0.0), e if e == e else float("inf"))
+                bad = {n: f"{e:.1e}" for n, e in errors.items() if not e < tolerance}
+                if bad:
+                    ok = False
+                    print(f"FAIL {implementation} {np.dtype(dtype).name} {case}: {bad}", flush=True)
+    for (implementation, dtype, name), e in sorted(worst.items()):
+        print(f"worst {implementation:8s} {dtype:9s} {name:14s} {e:.1e}")
+    print("check:", "ok" if ok else "FAILED", "on", jax.devices()[0].device_kind)
+    return ok
+
+
+def main(options: Options) -> int:
+    """Runs the check or the table."""
+    if options.check:
+        return 0 if check(options) else 1
+    card = jax.devices()[0].device_kind
+    print(f"{card}, jax {jax.__version__}; milliseconds, elapsed (busy); temp MiB; FLA / FlashKDA: published")
+    rows = []
+    for p in problems.PROBLEMS:
+        if not options.selects(p):
+            continue
+        for implementation in options.implementations:
+            for chunk_size in options.chunk_sizes:
+                row = time_problem(p, implementation, chunk_size) | {"card": card}
+                rows.append(row)
+                rival = problems.RIVALS.get(str(p), (None,) * 3)
+                busy = lambda x: "-" if x is None else f"{x:.2f}"  # noqa: E731
+                print(
+                    f"{row['problem']:24s} {implementation:8s} C{chunk_size:<4d}"
+                    f" fwd {row['fwd']:7.2f} ({busy(row['fwd_busy'])}) {row['fwd_temp_mib']:6.0f} MiB"
+                    f"  fwd+bwd {row['fwd_bwd']:7.2f} ({busy(row['fwd_bwd_busy'])})"
+                    f" {row['fwd_bwd_temp_mib']:6.0f} MiB"
+                    f"  FLA {busy(rival[0])} / {busy(rival[1])}  FlashKDA {busy(rival[2])}",
+                    flush=True,
+                )
+    if options.json:
+        with open(options.json, "w") as f:
+            json.dump(rows, f, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))
