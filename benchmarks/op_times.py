@@ -79,7 +79,7 @@ def time_problem(p: problems.Problem, implementation: str, chunk_size: int) -> d
     for name, fn, xs in (("fwd", f, args), ("fwd_bwd", both, (do, *args))):
         compiled = jax.jit(fn).lower(*xs).compile()
         row[name] = elapsed_ms(compiled, xs)
-        row[name + "_busy"] = busy_ms(compiled, xs)
+        row[name + "_busy"] = busy_ms(jax.jit(fn), xs)
         row[name + "_temp_mib"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
     return row
 
