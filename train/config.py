@@ -56,7 +56,7 @@ class DataConfig:
     """the tokenizer's document separator, where its name is unusual"""
     seq_len: int = 256
     """tokens per row"""
-    batch_size: int = 16
+    batch_size: int = 8
     """rows per step, over all devices"""
     held_out_fraction: float = 0.05
     """share of the documents kept for evaluation"""
@@ -68,7 +68,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     """peak learning rate"""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """after warm-up: a cosine to the end, or stable and then a linear decay"""
@@ -98,7 +98,7 @@ class EvalConfig:
 
     every: int = 50
     """steps between evaluations"""
-    batches: int = 8
+    batches: int = 16
     """held-out batches per evaluation"""
 
 
@@ -165,7 +165,7 @@ class TrainConfig:
 
     preset: Preset = "tiny_delta_net"
     """the model"""
-    steps: int = 200
+    steps: int = 300
     """optimizer steps in all, those before a resume included"""
     seed: int = 0
     """seed of the parameters, the data order and the samples"""

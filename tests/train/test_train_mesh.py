@@ -44,10 +44,9 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_sharded_run_equals_one_device(tmp_path, text, accumulate):
+def test_sharded_run_equals_one_device(tmp_path, text):
     common = [*TINY, "--data.files", text, "--data.batch-size", "8", "--steps", "4"]
-    common += ["--optimizer.accumulate", accumulate, "--preset", "tiny_kda"]
+    common += ["--optimizer.accumulate", "2", "--preset", "tiny_kda"]
     for name, mesh in {"one": (1, 1), "four": (2, 2)}.items():
         done = run(
             *common, "--run-dir", tmp_path / name, "--mesh.data", mesh[0], "--mesh.fsdp", mesh[1], devices=8

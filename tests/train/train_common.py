@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # One layer of width 32 on rows of 64 tokens: a step is compiled in seconds and runs in milliseconds.
 TINY = [
     "--model.num-layers", "1", "--model.hidden-size", "32", "--model.num-heads", "1",
-    "--model.head-dim", "16", "--model.intermediate-size", "48",
+    "--model.head-dim", "16", "--model.intermediate-size", "48", "--model.implementation", "scan",
     "--data.seq-len", "64", "--data.batch-size", "4", "--optimizer.warmup-steps", "2",
     "--eval.batches", "2", "--sample.tokens", "0",
 ]  # fmt: skip

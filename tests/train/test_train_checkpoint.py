@@ -1,0 +1,106 @@
+"""What is kept, what is refused, and that a damaged checkpoint is noticed."""
+
+import itertools
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.checkpoint import CheckpointError, Checkpoints
+from train.config import ConfigError
+from train.step import TrainState
+
+MODEL = {"hidden_size": 32, "layers": ["kda"]}
+
+
+def state_at(step: int) -> TrainState:
+    params = {"w": jnp.arange(5000.0) + step, "groups": {0: {"b": jnp.full((3,), step, jnp.bfloat16)}}}
+    return TrainState(jnp.asarray(step, jnp.int32), params, (jnp.int32(step),))
+
+
+def numbers():
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def save(directory: Path, eval_losses: list[float | None], keep: int = 2) -> None:
+    checkpoints, data = Checkpoints(directory, keep), numbers()
+    for step, loss in enumerate(eval_losses, start=1):
+        next(data)
+        checkpoints.save(step, state_at(step), data, {"model": MODEL, "train": {}}, loss)
+    checkpoints.close()
+
+
+def restore(directory: Path, model=MODEL):
+    checkpoints, data, said = Checkpoints(directory, 2), numbers(), []
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_at(0)
+    )
+    try:
+        return checkpoints.restore_newest(abstract, data, model, said.append), data, said
+    finally:
+        checkpoints.close()
+
+
+def damage(directory: Path, part: str, how: str) -> None:
+    """Cuts, flips or removes the largest file of one item of a checkpoint."""
+    file = max((f for f in (directory / part).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    if how == "removed":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
+
+
+def test_state_and_data_position_come_back_bit_for_bit(tmp_path):
+    save(tmp_path / "c", [None, None])
+    restored, data, said = restore(tmp_path / "c")
+    assert jax.tree.structure(restored.state) == jax.tree.structure(state_at(2)) and not said
+    jax.tree.map(np.testing.assert_array_equal, restored.state, state_at(2))
+    assert next(data) == 2
+    assert restored.config == {"model": MODEL, "train": {}}
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    save(tmp_path / "c", [3.0, 1.0, 2.0, None, 4.0, 5.0])
+    checkpoints = Checkpoints(tmp_path / "c", 2)
+    assert checkpoints.steps() == [2, 5, 6]
+    checkpoints.close()
+
+
+def test_no_checkpoints_means_a_new_run(tmp_path):
+    assert restore(tmp_path / "c")[0] is None
+
+
+@pytest.mark.parametrize(
+    "part,how",
+    list(itertools.product(["state", "data", "config"], ["removed", "cut"])) + [("state", "flipped")],
+)
+def test_damaged_newest_is_reported_set_aside_and_passed_over(tmp_path, part, how):
+    save(tmp_path / "c", [None, None])
+    damage(tmp_path / "c" / "2", part, how)
+    restored, data, said = restore(tmp_path / "c")
+    assert int(restored.state.step) == 1 and next(data) == 1
+    assert len(said) == 1 and str(tmp_path / "c" / "2") in said[0] and "cannot be read" in said[0]
+    assert (tmp_path / "unreadable" / "2").is_dir() and not (tmp_path / "c" / "2").exists()
+
+
+def test_when_all_are_damaged_nothing_starts_over(tmp_path):
+    save(tmp_path / "c", [None, None])
+    for step in ("1", "2"):
+        damage(tmp_path / "c" / step, "state", "cut")
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        restore(tmp_path / "c")
+
+
+def test_another_model_is_refused_naming_the_fields(tmp_path):
+    save(tmp_path / "c", [None])
+    other = {"hidden_size": 64, "layers": ["kda"]}
+    with pytest.raises(ConfigError, match=r"hidden_size is 32 there and 64 here"):
+        restore(tmp_path / "c", other)
+    assert (tmp_path / "c" / "1").is_dir()  # and left alone

@@ -1,0 +1,227 @@
+"""`python -m train` as a user meets it, in this process."""
+
+import json
+import shutil
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from tests.train.train_common import TINY, losses, write_text
+from train import config as options
+from train.__main__ import main
+from train.guard import only_run_in
+from train.metrics import MetricsFile, Throughput, peak_flops, read_metrics
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return str(write_text(tmp_path_factory.mktemp("text") / "text.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, text):
+    """A finished run of 8 steps, all its even checkpoints kept, and its command line."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    args = [*TINY, "--data.files", text, "--steps", "8", "--checkpoint.every", "2", "--checkpoint.keep", "9"]
+    args += ["--eval.every", "4", "--run-dir", str(directory)]
+    assert main(args) == 0
+    return directory, args
+
+
+def in_copy(finished, tmp_path):
+    """The finished run's copy, free to spoil, and the command line that resumes it."""
+    directory, args = finished
+    shutil.copytree(directory, tmp_path / "run")
+    return tmp_path / "run", [*args, "--run-dir", str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("preset", ["tiny_delta_net", "tiny_gated_delta_net", "tiny_kda", "tiny_hybrid"])
+def test_every_tiny_preset_trains_and_samples(tmp_path, text, preset, capsys):
+    args = ["--preset", preset, "--steps", "2", "--data.files", text, "--data.seq-len", "32"]
+    args += [
+        "--data.batch-size",
+        "2",
+        "--eval.batches",
+        "1",
+        "--run-dir",
+        str(tmp_path),
+        "--sample.tokens",
+        "4",
+    ]
+    args += ["--model.hidden-size", "32", "--model.head-dim", "16", "--model.intermediate-size", "48"]
+    args += [] if preset == "tiny_hybrid" else ["--model.num-layers", "1"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "bigram baseline" in out and "--- sample at step 2 ---\ndef " in out and "eval loss" in out
+    assert list(losses(tmp_path)) == [1, 2]
+
+
+def test_metrics_and_events_hold_every_step(finished):
+    directory, _ = finished
+    lines = read_metrics(directory / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all({"loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second"} <= set(x) for x in lines)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
+    assert "mfu" not in lines[0]  # this CPU's peak is not known
+    events = b"".join(f.read_bytes() for f in (directory / "tensorboard").iterdir())
+    assert b"eval_loss" in events and b"grad_norm" in events and Event is not None
+
+
+def test_run_directory_holds_the_configuration(finished):
+    directory, args = finished
+    saved = json.loads((directory / "config.json").read_text())
+    assert options.from_dict(options.TrainConfig, saved["train"]) == options.parse(args)
+    assert saved["model"]["hidden_size"] == 32 and saved["model"]["vocab_size"] == 260
+
+
+def test_complete_run_says_so_and_can_be_extended(finished, tmp_path, capsys):
+    directory, args = in_copy(finished, tmp_path)
+    assert main([*args, "--sample.tokens", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "already complete: resumed at step 8 of 8; pass --steps 16" in out
+    assert "--- sample at step 8 ---" in out
+    assert main([*args, "--steps", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "resumed" in out and "note: train.steps was 8 when that was saved and is 10 now" in out
+    assert list(losses(directory)) == list(range(1, 11))
+
+
+@pytest.mark.parametrize("last", [2, 6])
+def test_resumed_losses_are_exactly_those_of_an_uninterrupted_run(finished, tmp_path, last):
+    directory, args = in_copy(finished, tmp_path)
+    for checkpoint in (directory / "checkpoints").iterdir():
+        if int(checkpoint.name) > last:
+            shutil.rmtree(checkpoint)
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # as a crash leaves it
+    assert main(args) == 0
+    assert losses(directory) == losses(finished[0])
+    final = [read_metrics(d / "metrics.jsonl")[-1]["eval_loss"] for d in (directory, finished[0])]
+    assert final[0] == final[1]
+
+
+def test_damaged_newest_checkpoint_is_passed_over(finished, tmp_path, capsys):
+    directory, args = in_copy(finished, tmp_path)
+    shutil.rmtree(directory / "checkpoints" / "8" / "state")
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "checkpoints/8 cannot be read" in out and "resumed" in out and "at step 6" in out
+    assert losses(directory) == losses(finished[0])
+
+
+def test_used_run_directory_is_refused_without_resume(finished, tmp_path, capsys):
+    directory, args = in_copy(finished, tmp_path)
+    assert main([*args, "--checkpoint.no-resume"]) == 2
+    assert "--checkpoint.no-resume" in (err := capsys.readouterr().err) and "up to step 8" in err
+    assert losses(directory) == losses(finished[0])
+
+
+def test_checkpoint_of_another_model_is_refused_naming_the_fields(finished, tmp_path, capsys):
+    _, args = in_copy(finished, tmp_path)
+    assert main([*args, "--model.hidden-size", "48"]) == 2
+    assert "hidden_size is 32 there and 48 here" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_directory_are_refused(finished, tmp_path, capsys):
+    directory, args = in_copy(finished, tmp_path)
+    with only_run_in(directory):
+        assert main(args) == 2
+    assert "another process is training in" in capsys.readouterr().err
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_evidence(text, tmp_path, capsys):
+    args = [
+        *TINY,
+        "--data.files",
+        text,
+        "--steps",
+        "8",
+        "--checkpoint.every",
+        "1",
+        "--run-dir",
+        str(tmp_path),
+    ]
+    args += ["--optimizer.learning-rate", "1e38", "--optimizer.warmup-steps", "0"]
+    assert main(args) == 1
+    assert "stopped: step 2 is not finite: loss nan" in capsys.readouterr().out
+    evidence = tmp_path / "failure" / "step_2"
+    assert json.loads((evidence / "failure.json").read_text())["step"] == 2
+    batch = np.load(evidence / "batch_0.npz")
+    assert {batch[name].shape for name in ("tokens", "targets", "segment_ids")} == {(4, 64)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(evidence / "state")
+    assert int(state["step"]) == 1  # the state the step started from
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]  # nothing bad was saved
+    assert list(losses(tmp_path)) == [1]
+
+
+@pytest.mark.parametrize(
+    "args,expected",
+    [
+        (["--preset", "tiny_transformer"], ["--preset", "tiny_kda", "tiny_hybrid"]),
+        (["--optimizer.momentum", "0.9"], ["--optimizer.momentum"]),
+        (["--steps", "many"], ["--steps", "many"]),
+        (["--optimizer.schedule", "linear"], ["--optimizer.schedule", "cosine", "wsd"]),
+    ],
+)
+def test_wrong_options_are_named_and_give_status_2(args, expected, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert all(text in err for text in expected), err
+
+
+@pytest.mark.parametrize(
+    "args,expected",
+    [
+        (["--steps", "0"], "argument --steps: must be positive"),
+        (["--data.batch-size", "6", "--optimizer.accumulate", "4"], "argument --optimizer.accumulate: 4"),
+        (["--data.held-out-fraction", "1.5"], "argument --data.held-out-fraction"),
+        (["--model.remat", "some"], "remat"),
+        (["--data.files", "/nowhere/*.txt"], "data file not found: /nowhere/*.txt"),
+        (["--data.tokenizer", "nothing.json"], "tokenizer file not found: nothing.json"),
+        (["--mesh.fsdp", "64"], "needs 64 devices"),
+    ],
+)
+def test_values_that_cannot_work_are_named_and_leave_no_trace(args, expected, tmp_path, text, capsys):
+    assert main(["--data.files", text, "--run-dir", str(tmp_path / "r"), *args]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_help_is_readable(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "tiny_kda" in out and "--data.files" in out and "steps between checkpoints" in out
+
+
+def test_configuration_survives_json():
+    config = options.parse(
+        ["--data.files", "a", "b", "--model.num-layers", "3", "--optimizer.schedule", "wsd"]
+    )
+    text = json.dumps(options.to_dict(config))
+    assert options.from_dict(options.TrainConfig, json.loads(text)) == config
+    with pytest.raises(options.ConfigError, match="unknown fields of DataConfig: sequence"):
+        options.from_dict(options.TrainConfig, {"data": {"sequence": 3}})
+
+
+def test_metrics_file_drops_later_steps_and_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    file = MetricsFile(path, resumed_step=1)
+    file.write({"step": 2, "loss": 2.5})
+    file.close()
+    assert read_metrics(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
+
+
+def test_mfu_is_given_where_a_peak_is_known():
+    assert peak_flops("cpu") is None and peak_flops("cpu", 2.0) == 2e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    found = Throughput(flops_per_token=1e6, peak=1e9).update(tokens=100)
+    assert found["mfu"] == pytest.approx(found["tokens_per_second"] * 1e6 / 1e9)
+    assert "mfu" not in Throughput(1e6, None).update(1)
