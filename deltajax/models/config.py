@@ -114,6 +114,8 @@ class ModelConfig:
             self._fail("attn_num_kv_heads", f"a divisor of the {self.attention_heads} attention heads")
         if self.has_attention:
             self._check_attention()
+        if self.conv_size < 2:
+            self._fail("conv_size", "at least 2 taps")
         if self.lower_bound is not None and not self.lower_bound < 0:
             self._fail("lower_bound", "a negative number or None")
         if not self.norm_eps > 0:

@@ -1,0 +1,71 @@
+import json
+
+import pytest
+
+from deltajax.models import PRESETS, ModelConfig, get_preset
+
+BASE = get_preset("tiny_hybrid")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_round_trip_is_exact(name):
+    config = get_preset(name)
+    assert ModelConfig.from_json(config.to_json()) == config
+
+
+def test_the_pattern_repeats_to_the_number_of_layers():
+    config = BASE.replace(num_layers=7, layer_pattern=["kda", "full_attention", "kda"])
+    assert config.layers == ("kda", "full_attention", "kda") * 2 + ("kda",)
+    assert config.layer_pattern == ("kda", "full_attention", "kda")
+    hash(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(vocab_size=0), r"vocab_size=0: expected a positive integer"),
+        (dict(num_layers=2.0), r"num_layers=2.0: expected a positive integer"),
+        (dict(num_layers=True), r"num_layers=True: expected a positive integer"),
+        (dict(chunk_size=-1), r"chunk_size=-1: expected a positive integer or None"),
+        (dict(conv_size=1), r"conv_size=1: expected at least 2"),
+        (dict(layer_pattern="kda"), r"layer_pattern='kda': expected a non-empty tuple"),
+        (dict(layer_pattern=()), r"layer_pattern=\(\): expected a non-empty tuple"),
+        (dict(layer_pattern=("kda", "mamba")), r"layer_pattern=.*not 'mamba'"),
+        (dict(num_layers=3), r"layer_pattern=.*at most num_layers=3"),
+        (dict(num_v_heads=3), r"num_v_heads=3: expected a multiple of num_heads=2"),
+        (dict(attn_num_kv_heads=3), r"attn_num_kv_heads=3: expected a divisor of the 4"),
+        (dict(hidden_size=130), r"hidden_size=130: expected a multiple of the 4 attention heads"),
+        (dict(attn_head_dim=7), r"attn_head_dim=7: expected an even size"),
+        (dict(rope_theta=0.0), r"rope_theta=0.0: expected a positive number or None"),
+        (dict(lower_bound=5.0), r"lower_bound=5.0: expected a negative number or None"),
+        (dict(norm_eps=0.0), r"norm_eps=0.0: expected a positive number"),
+        (dict(initializer_range=-1.0), r"initializer_range=-1.0: expected a positive number"),
+        (dict(dtype="int8"), r"dtype='int8': expected one of"),
+        (dict(param_dtype="f32"), r"param_dtype='f32': expected one of"),
+        (dict(remat="some"), r"remat='some': expected one of"),
+        (dict(implementation="triton"), r"implementation='triton': expected one of"),
+        (dict(attention_implementation="flash"), r"attention_implementation='flash': expected one of"),
+    ],
+)
+def test_an_invalid_field_is_named_with_what_was_seen_and_expected(changes, message):
+    with pytest.raises(ValueError, match="ModelConfig." + message):
+        BASE.replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "expected a JSON object"),
+        (json.dumps(json.loads(BASE.to_json()) | {"depth": 3}), r"unknown ModelConfig fields \['depth'\]"),
+        (json.dumps({"vocab_size": 3}), r"missing ModelConfig fields \['head_dim'"),
+    ],
+)
+def test_json_that_is_no_configuration_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_json(text)
+
+
+def test_presets_are_found_with_dashes_and_an_unknown_one_lists_the_names():
+    assert get_preset("tiny-kda") is PRESETS["tiny_kda"]
+    with pytest.raises(ValueError, match=r"unknown preset 'kda-7b'.*tiny_delta_net.*kda_1p3b"):
+        get_preset("kda-7b")

@@ -1,0 +1,78 @@
+import pytest
+
+from deltajax.models import PRESETS, count_parameters, flops_per_token, get_preset
+
+# delta_net_1p3b is the published count; the others were derived once by hand from models' shapes.
+PARAMETERS = {
+    "tiny_delta_net": 828_800,
+    "tiny_gated_delta_net": 827_792,
+    "tiny_kda": 960_904,
+    "tiny_hybrid": 874_758,
+    "delta_net_1p3b": 1_365_677_056,
+    "delta_net_swa_1p3b": 1_364_987_392,
+    "delta_net_global_1p3b": 1_365_562_112,
+    "gated_delta_net_1p3b": 1_387_348_732,
+    "gated_delta_net_swa_1p3b": 1_302_868_848,
+    "kda_1p3b": 1_390_941_568,
+}
+
+
+def by_hand(config) -> int:
+    """The same count, written out from the layers' shapes."""
+    D, H, HV, K, V = (
+        config.hidden_size,
+        config.num_heads,
+        config.value_heads,
+        config.head_dim,
+        config.value_dim,
+    )
+    qk, v, taps = H * K, HV * V, config.conv_size
+    core = D * (2 * qk + v + HV) + taps * (2 * qk + v) + V + v * D
+    n, kv, size = config.attention_heads, config.attention_kv_heads, config.attention_head_dim
+    attention = 2 * D * size * (n + kv)
+    low_rank = D * V + V * HV * K + D * V + V * v + v
+    mixers = {
+        "delta_net": core,
+        "gated_delta_net": core + D * HV + 2 * HV + D * v,
+        "kda": core + low_rank + HV + HV * K,
+        "sliding_window": attention,
+        "full_attention": attention,
+    }
+    blocks = sum(mixers[kind] + 2 * D + 3 * D * config.intermediate_size for kind in config.layers)
+    return blocks + D + config.vocab_size * D * (1 if config.tie_embeddings else 2)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_its_parameter_count(name):
+    assert count_parameters(get_preset(name)) == PARAMETERS[name] == by_hand(get_preset(name))
+
+
+def test_tying_the_embeddings_saves_one_table():
+    config = get_preset("tiny_kda")
+    tied = config.replace(tie_embeddings=True)
+    assert count_parameters(config) - count_parameters(tied) == 260 * 128
+    assert flops_per_token(config, 64) == flops_per_token(tied, 64)  # the head multiplies either way
+
+
+def test_flops_are_six_per_parameter_plus_the_recurrence():
+    config = get_preset("delta_net_1p3b")
+    matmul = 1_365_677_056 - 32000 * 2048
+    assert flops_per_token(config, 4096) == 6 * matmul + 24 * 18 * 16 * 128 * 128
+
+
+def test_attention_flops_grow_with_the_length_only_up_to_the_window():
+    def attention(kind, length):
+        config = get_preset("tiny_hybrid").replace(layer_pattern=(kind,), num_layers=1, window_size=8)
+        pairs = sum(min(t + 1, 8 if kind == "sliding_window" else length) for t in range(length))
+        base = 6 * (count_parameters(config) - 260 * 128)
+        return flops_per_token(config, length) - base, 3 * 4 * 128 * pairs / length
+
+    for kind in ("full_attention", "sliding_window"):
+        for length in (1, 8, 9, 100):
+            got, want = attention(kind, length)
+            assert got == pytest.approx(want)
+
+
+def test_a_length_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="seq_len=0"):
+        flops_per_token(get_preset("tiny_kda"), 0)

@@ -1,0 +1,133 @@
+"""Properties of the language model: scan, caches, packing, remat, axis names, interfaces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deltajax.models import LanguageModel, abstract_model, get_preset
+
+TOLERANCE = dict(rtol=2e-4, atol=2e-4)  # float32 sums in another order, through seven layers
+T = 9
+
+
+def tokens_of(batch, length=T, seed=0):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, 17)
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_cached_decode_equals_the_full_forward_of_a_hybrid(hybrid, run, prefix):
+    tokens = tokens_of(2)
+    cache, outputs = hybrid.init_cache(2, T), []
+    if prefix:
+        y, cache = run(hybrid, tokens[:, :prefix], None, cache)
+        outputs.append(y)
+    for t in range(prefix, T):
+        y, cache = run(hybrid, tokens[:, t : t + 1], None, cache)
+        outputs.append(y)
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), run(hybrid, tokens), **TOLERANCE)
+
+
+def test_packed_sequences_equal_sequences_alone_in_a_hybrid(hybrid, run):
+    tokens = tokens_of(1)
+    y = run(hybrid, tokens, jnp.array([[1, 1, 1, 0, 3, 3, 3, 2, 0]]))
+    for a, b in ((0, 3), (4, 7), (7, 8)):
+        np.testing.assert_allclose(y[:, a:b], run(hybrid, tokens[:, a:b]), **TOLERANCE)
+
+
+def test_the_scanned_model_equals_its_layers_applied_one_by_one(hybrid, run):
+    tokens = tokens_of(2)
+    assert [(len(g.blocks), g.repeats) for g in hybrid.groups] != [(1, 7)]
+    x = hybrid.embedding[...][tokens]
+    kinds = []
+    for group in hybrid.groups:
+        for repeat in range(group.repeats):
+            for block in group.layer(repeat):
+                x, _ = block(x, segment_ids=None, cache=None)
+                kinds.append(type(block.mixer).__name__)
+    assert len(kinds) == 7 and kinds[0] == kinds[6] == "DeltaNet" and kinds[3] == "KimiDeltaAttention"
+    np.testing.assert_allclose(hybrid.logits(hybrid.norm(x)), run(hybrid, tokens), **TOLERANCE)
+
+
+def test_stacked_layers_draw_their_own_initial_values(tiny, build):
+    model = build(tiny.replace(layer_pattern=("kda",), num_layers=3))
+    for path, param in nnx.to_flat_state(nnx.state(model.groups)):
+        if "scale" in path or "bias" in path:
+            continue
+        assert param.shape[0] == 3 and not jnp.array_equal(param[0], param[1]), path
+
+
+@pytest.mark.parametrize("kind", ["delta_net", "full_attention"])
+def test_the_program_does_not_grow_with_depth(tiny, kind):
+    def lines(depth):
+        config = tiny.replace(layer_pattern=(kind, "kda"), num_layers=depth)
+        graph, state = nnx.split(abstract_model(config))
+        loss = lambda state, tokens: jnp.sum(nnx.merge(graph, state)(tokens))  # noqa: E731
+        return len(str(jax.make_jaxpr(jax.grad(loss))(state, tokens_of(1))).splitlines())
+
+    assert lines(24) == lines(4)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots_saveable"])
+def test_remat_changes_no_gradient(tiny, remat):
+    def gradient(remat):
+        model = LanguageModel(tiny.replace(layer_pattern=("kda",), remat=remat), rngs=nnx.Rngs(0))
+        return nnx.jit(nnx.grad(lambda m: jnp.mean(m(tokens_of(2)) ** 2)))(model)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient(remat), gradient("none")
+    )
+
+
+def test_remat_recomputes_the_block(tiny):
+    def dots(remat):
+        graph, state = nnx.split(abstract_model(tiny.replace(remat=remat)))
+        loss = lambda state, tokens: jnp.sum(nnx.merge(graph, state)(tokens))  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss))(state, tokens_of(1))).count("dot_general")
+
+    assert dots("full") > dots("none")
+
+
+@pytest.mark.parametrize("name", ["tiny_hybrid", "kda_1p3b", "delta_net_global_1p3b"])
+def test_every_parameter_has_one_logical_axis_name_per_dimension(name):
+    known = {"embed", "heads", "kv_heads", "head_dim", "conv", "mlp", "vocab", "layers"}
+    model = abstract_model(get_preset(name))
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        axes = param.get_metadata("out_sharding")
+        assert len(axes) == len(param.shape) and set(axes) <= known and len(set(axes)) == len(axes), path
+        assert (axes[0] == "layers") == (path[0] == "groups"), path
+    specs = nnx.get_partition_spec(nnx.state(model))
+    assert specs["lm_head"][...] == jax.P("embed", "vocab")
+    assert specs["embedding"][...] == jax.P("vocab", "embed")
+
+
+def test_hidden_states_then_logits_is_the_model(hybrid, run):
+    tokens = tokens_of(2)
+    hidden = hybrid.hidden_states(tokens)
+    assert hidden.shape == (2, T, 16) and hybrid.head_kernel().shape == (16, 17)
+    np.testing.assert_allclose(hidden @ hybrid.head_kernel(), run(hybrid, tokens), **TOLERANCE)
+
+
+def test_tied_embeddings_are_the_head(tiny, build):
+    model = build(tiny.replace(tie_embeddings=True))
+    np.testing.assert_array_equal(model.head_kernel(), model.embedding[...].T)
+    assert model(tokens_of(1)).shape == (1, T, 17)
+
+
+def test_bfloat16_compute_gives_float32_logits_and_finite_float32_gradients(tiny):
+    config = tiny.replace(layer_pattern=("gated_delta_net", "sliding_window"), dtype="bfloat16")
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+
+    @nnx.jit
+    def step(model):
+        def loss(model):
+            logits = model(tokens_of(2))
+            return jnp.mean(logits**2), logits
+
+        return nnx.grad(loss, has_aux=True)(model)
+
+    grads, logits = step(model)
+    assert logits.dtype == jnp.float32 and model.hidden_states(tokens_of(1)).dtype == jnp.bfloat16
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert grad.dtype == jnp.float32 and jnp.isfinite(grad).all() and jnp.abs(grad).max() > 0, path
