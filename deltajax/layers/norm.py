@@ -47,7 +47,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises `x` over its last axis; any leading axes; returns `dtype`."""
-        return self.normalize(x).astype(self.dtype)
+        # Keep x for the backward pass, not the float32 intermediates.
+        return jax.checkpoint(lambda x: self.normalize(x).astype(self.dtype))(x)
 
 
 class GatedRMSNorm(RMSNorm):
@@ -82,6 +83,11 @@ class GatedRMSNorm(RMSNorm):
         self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"]
     ) -> Float[Array, "*B D"]:
         """Normalises `x` over its last axis and multiplies by the activated `gate`; returns `dtype`."""
-        gate = gate.astype(jnp.float32)
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.sigmoid(gate)
-        return (self.normalize(x) * gate).astype(self.dtype)
+
+        @jax.checkpoint
+        def gated(x, gate):
+            gate = gate.astype(jnp.float32)
+            gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.sigmoid(gate)
+            return (self.normalize(x) * gate).astype(self.dtype)
+
+        return gated(x, gate)

@@ -42,4 +42,6 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the layer over the last axis; any leading axes; returns `dtype`."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        # Keep the two projections for the backward pass and make their product again.
+        down = jax.checkpoint(lambda gate, up: self.down_proj(jax.nn.silu(gate) * up))
+        return down(self.gate_proj(x), self.up_proj(x))

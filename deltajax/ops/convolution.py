@@ -51,20 +51,24 @@ def short_convolution(
         x = jnp.where((runs != 0)[..., None], x, 0)
         padded, reach = _join_rows(past, x, runs)  # the past stands just before the first real token
 
-    total = jnp.zeros((B, T, D), dtype)
-    for j in range(W):
-        tap = padded[:, W - 1 - j : W - 1 - j + T].astype(dtype)
-        if reach is not None:
-            same = reach[:, W - 1 - j : W - 1 - j + T] == reach[:, W - 1 :]
-            tap = jnp.where(same[..., None], tap, 0)
-        total = total + tap * weight[:, W - 1 - j].astype(dtype)
-    if bias is not None:
-        total = total + bias.astype(dtype)
-    y = jax.nn.silu(total) if activation == "silu" else total
+    @jax.checkpoint  # keep the inputs for the backward pass, not W shifted copies of them in float32
+    def taps(padded, weight, bias):
+        total = jnp.zeros((B, T, D), dtype)
+        for j in range(W):
+            tap = padded[:, W - 1 - j : W - 1 - j + T].astype(dtype)
+            if reach is not None:
+                same = reach[:, W - 1 - j : W - 1 - j + T] == reach[:, W - 1 :]
+                tap = jnp.where(same[..., None], tap, 0)
+            total = total + tap * weight[:, W - 1 - j].astype(dtype)
+        if bias is not None:
+            total = total + bias.astype(dtype)
+        y = jax.nn.silu(total) if activation == "silu" else total
+        return y.astype(x.dtype)
+
+    y = taps(padded, weight, bias)
     if reach is None:
-        return y.astype(x.dtype), padded[:, T:]
-    y = jnp.where((runs != 0)[..., None], y, 0)
-    return y.astype(x.dtype), _last_inputs(padded, reach, W)
+        return y, padded[:, T:]
+    return jnp.where((runs != 0)[..., None], y, 0), _last_inputs(padded, reach, W)
 
 
 def _join_rows(past: Array, x: Array, runs: Array) -> tuple[Array, Array]:
