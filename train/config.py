@@ -137,7 +137,13 @@ class MeshConfig:
     fsdp: int = 1
     """parts that parameters and optimizer state are split into"""
     distributed: bool = False
-    """one of several processes: call jax.distributed.initialize() first (cluster found by JAX)"""
+    """this is one of several processes; JAX finds the others on Slurm, MPI, Cloud TPU and Kubernetes"""
+    coordinator: str | None = None
+    """where it cannot: host:port of process 0"""
+    num_processes: int | None = None
+    """where it cannot: how many processes"""
+    process_id: int | None = None
+    """where it cannot: which of them this is, from 0"""
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,12 @@ class TrainConfig:
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"argument {name}: must be positive, got {value}")
+        manual = (self.mesh.coordinator, self.mesh.num_processes, self.mesh.process_id)
+        if any(x is not None for x in manual) and (None in manual or not self.mesh.distributed):
+            raise ConfigError(
+                "argument --mesh.coordinator: goes with --mesh.num-processes, --mesh.process-id and "
+                "--mesh.distributed"
+            )
         if not 0 < self.data.held_out_fraction < 1:
             raise ConfigError(
                 f"argument --data.held-out-fraction: {self.data.held_out_fraction} is not between 0 and 1"

@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> int:
     """
     config.check()
     if config.mesh.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(config.mesh.coordinator, config.mesh.num_processes, config.mesh.process_id)
     first = jax.process_index() == 0
     report = Report(enabled=first, every=config.log.every)
     directory = Path(config.run_dir or f"runs/{config.preset}")

@@ -1,18 +1,34 @@
 """`python -m train` as a user meets it, in this process."""
 
 import json
+import re
 import shutil
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from tests.train.train_common import TINY, losses, write_text
 from train import config as options
 from train.__main__ import main
 from train.guard import only_run_in
 from train.metrics import MetricsFile, Throughput, peak_flops, read_metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Most tests here run the same program: compile it once."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +67,8 @@ def test_every_tiny_preset_trains_and_samples(tmp_path, text, preset, capsys):
         "4",
     ]
     args += ["--model.hidden-size", "32", "--model.head-dim", "16", "--model.intermediate-size", "48"]
-    args += [] if preset == "tiny_hybrid" else ["--model.num-layers", "1"]
+    # The hybrid has four layers of as many kinds: it takes the backend that compiles soonest.
+    args += ["--model.implementation", "scan"] if preset == "tiny_hybrid" else ["--model.num-layers", "1"]
     assert main(args) == 0
     out = capsys.readouterr().out
     assert "bigram baseline" in out and "--- sample at step 2 ---\ndef " in out and "eval loss" in out
@@ -66,7 +83,7 @@ def test_metrics_and_events_hold_every_step(finished):
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
     assert "mfu" not in lines[0]  # this CPU's peak is not known
     events = b"".join(f.read_bytes() for f in (directory / "tensorboard").iterdir())
-    assert b"eval_loss" in events and b"grad_norm" in events and Event is not None
+    assert b"eval_loss" in events and b"grad_norm" in events
 
 
 def test_run_directory_holds_the_configuration(finished):
@@ -145,7 +162,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_evidence(text, tmp_path, ca
     ]
     args += ["--optimizer.learning-rate", "1e38", "--optimizer.warmup-steps", "0"]
     assert main(args) == 1
-    assert "stopped: step 2 is not finite: loss nan" in capsys.readouterr().out
+    assert re.search(r"stopped: step 2 is not finite: loss .*(nan|inf)", capsys.readouterr().out)
     evidence = tmp_path / "failure" / "step_2"
     assert json.loads((evidence / "failure.json").read_text())["step"] == 2
     batch = np.load(evidence / "batch_0.npz")
