@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
 from deltajax.ops import chunked, scan
@@ -84,9 +86,27 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
     def bind(fn):
         return lambda inputs, *args: fn(inputs, options, *args)
 
-    default = bind(getattr(chunked, half)) if fall_back else None
+    default = bind(getattr(chunked, half))
     if not platforms:
-        assert default is not None
         return default(inputs, *args)
+    if not fall_back:
+        message = f"implementation='pallas' has a kernel for this call on {', '.join(platforms)} only"
+        default = lambda inputs, *args: bind(getattr(chunked, half))(  # noqa: E731
+            inputs._replace(q=_refuse.bind(inputs.q, message=message)), *args
+        )
     branches = {p: bind(getattr(PALLAS[p], half)) for p in platforms}
     return lax.platform_dependent(inputs, *args, default=default, **branches)
+
+
+# The identity, except that lowering it is an error: a branch for platforms that must not be lowered for.
+_refuse = Primitive("deltajax_refuse")
+_refuse.def_abstract_eval(lambda x, message: x)
+batching.defvectorized(_refuse)
+
+
+def _refuse_lowering(ctx, x, *, message):
+    platforms = ", ".join(ctx.module_context.platforms)
+    raise NotImplementedError(f"{message}; this program is lowered for {platforms}")
+
+
+mlir.register_lowering(_refuse, _refuse_lowering)
