@@ -35,6 +35,8 @@ class Options:
     chunk_sizes: tuple[int, ...] = (64,)
     json: str | None = None
     """File for the full numbers."""
+    profile: int = 0
+    """Print so many of the kernels that take longest (NVIDIA GPUs)."""
 
     def selects(self, x) -> bool:
         return any(part in str(x) for part in self.only)
@@ -66,7 +68,18 @@ def busy_ms(f, args) -> float | None:
     return statistics.median(profiler.measure(f, iterations=5)(*args)[1])
 
 
-def time_problem(p: problems.Problem, implementation: str, chunk_size: int) -> dict:
+def print_profile(f, args, most: int) -> None:
+    """The kernels of one run, summed by name, longest first."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    total: dict[str, list[float]] = {}
+    for name, ms in profiler.measure(f, aggregate=False)(*args)[1]:
+        total.setdefault(name, []).append(ms)
+    for name, times in sorted(total.items(), key=lambda x: -sum(x[1]))[:most]:
+        print(f"    {sum(times):8.3f} ms in {len(times):5d}  {name[:90]}")
+
+
+def time_problem(p: problems.Problem, implementation: str, chunk_size: int, profile: int) -> dict:
     """One row of the table."""
     args, do = problems.arguments(p, jax.random.key(int(time.time())))
     f = problems.function(p, implementation, chunk_size)
@@ -80,6 +93,8 @@ def time_problem(p: problems.Problem, implementation: str, chunk_size: int) -> d
         compiled = jax.jit(fn).lower(*xs).compile()
         row[name] = elapsed_ms(compiled, xs)
         row[name + "_busy"] = busy_ms(jax.jit(fn), xs)
+        if profile:
+            print_profile(jax.jit(fn), xs, profile)
         row[name + "_temp_mib"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
     return row
 
@@ -127,7 +142,7 @@ def main(options: Options) -> int:
             continue
         for implementation in options.implementations:
             for chunk_size in options.chunk_sizes:
-                row = time_problem(p, implementation, chunk_size) | {"card": card}
+                row = time_problem(p, implementation, chunk_size, options.profile) | {"card": card}
                 rows.append(row)
                 rival = problems.RIVALS.get(str(p), (None,) * 3)
                 busy = lambda x: "-" if x is None else f"{x:.2f}"  # noqa: E731

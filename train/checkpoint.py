@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from grain.checkpoint import CheckpointRestore, CheckpointSave
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from train.config import ConfigError, differing_fields
@@ -112,7 +113,8 @@ class Checkpoints:
     ) -> Restored | None:
         """The newest checkpoint that can be read, or None if there are no checkpoints.
 
-        An unreadable one is reported, moved to `unreadable/` beside the checkpoints and passed over.
+        Unreadable ones are reported and passed over; once an older one is read they are moved to
+        `unreadable/` beside the checkpoints, so that their steps can be saved anew.
 
         Args:
             abstract: shapes, dtypes and shardings to restore into.
@@ -121,53 +123,63 @@ class Checkpoints:
             report: is given one line per unreadable checkpoint.
 
         Raises:
-            ConfigError: a checkpoint is of another model; the message names the differing fields.
-            CheckpointError: there are checkpoints and none can be read.
+            ConfigError: a checkpoint is of another model (the message names the differing fields) or of
+                another number of processes.
+            CheckpointError: there are checkpoints and none can be read; they are left where they are.
         """
-        steps = self.steps()
+        steps, unreadable = self.steps(), []
         for step in reversed(steps):
             try:
-                config = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-                config = dict(config.config)
-                saved_model, digest = dict(config["model"]), int(config.pop("digest"))
+                restored = self._restore(step, abstract, data, model)
+            except ConfigError:
+                raise
             except Exception as error:  # whatever a damaged file makes a reader raise
-                self._set_aside(step, error, report)
-                continue
-            if changed := differing_fields(saved_model, model):
-                raise ConfigError(
-                    f"{self.directory / str(step)} holds another model: "
-                    + ", ".join(f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items())
-                    + "; choose another --run-dir"
+                reason = (str(error).strip() or "no message").splitlines()[0]
+                report(
+                    f"checkpoint {self.directory / str(step)} cannot be read "
+                    f"({type(error).__name__}: {reason}); trying the one before it"
                 )
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), data=CheckpointRestore(data)
-                    ),
-                )
-                if int(_digest(restored.state)) != digest:
-                    raise ValueError("its arrays do not match their checksum")
-            except Exception as error:
-                self._set_aside(step, error, report)
+                unreadable.append(step)
                 continue
-            return Restored(restored.state, config)
+            self._set_aside(unreadable)
+            return restored
         if steps:
             raise CheckpointError(f"none of the checkpoints of {self.directory} can be read")
         return None
 
-    def _set_aside(self, step: int, error: Exception, report: Callable[[str], None]) -> None:
-        reason = str(error).strip().splitlines()
-        report(
-            f"checkpoint {self.directory / str(step)} cannot be read "
-            f"({type(error).__name__}: {reason[0] if reason else ''}); trying the one before it"
+    def _restore(self, step: int, abstract: TrainState, data: Any, model: dict[str, Any]) -> Restored:
+        config = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        saved_model, digest = dict(config["model"]), int(config.pop("digest"))
+        if changed := differing_fields(saved_model, model):
+            raise ConfigError(
+                f"{self.directory / str(step)} holds another model: "
+                + ", ".join(f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items())
+                + "; choose another --run-dir"
+            )
+        positions = list((self.directory / str(step) / "data").glob("process_*-of-*.json"))
+        if positions and not any(p.stem.endswith(f"-of-{jax.process_count()}") for p in positions):
+            raise ConfigError(
+                f"{self.directory / str(step)} was saved by {len(positions)} processes, each with its place "
+                f"in the data; it cannot be resumed by {jax.process_count()}"
+            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=CheckpointRestore(data)),
         )
-        if jax.process_index() == 0:
-            target = self.directory.parent / "unreadable" / str(step)
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(target)
-        self._manager.reload()
+        if int(_digest(restored.state)) != digest:
+            raise ValueError("its arrays do not match their checksum")
+        return Restored(restored.state, config)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if steps and jax.process_index() == 0:
+            for step in steps:
+                target = self.directory.parent / "unreadable" / str(step)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(target)
+        if steps:
+            multihost_utils.sync_global_devices("unreadable checkpoints moved")
+            self._manager.reload()
 
     def wait(self) -> None:
         """Blocks until the last save is complete."""

@@ -13,7 +13,7 @@ TOLERANCE = dict(rtol=1e-4, atol=2e-5)
 
 
 def inputs(batch: int, length: int = T, seed: int = 0):
-    return jax.random.normal(jax.random.key(seed), (batch, length, HIDDEN))
+    return np.random.default_rng(seed).standard_normal((batch, length, HIDDEN), np.float32)
 
 
 def decode(mixer, x, cache):
@@ -21,7 +21,12 @@ def decode(mixer, x, cache):
     for t in range(x.shape[1]):
         y, cache = mixer(x[:, t : t + 1], cache=cache)
         outputs.append(y)
-    return jnp.concatenate(outputs, axis=1), cache
+    return np.concatenate(outputs, axis=1), cache
+
+
+def twice(row):
+    """One row as a batch of two, so that the calls compiled for other tests serve."""
+    return np.concatenate([row, row])
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 4])
@@ -40,14 +45,14 @@ def test_splitting_at_any_point_with_caches_equals_no_splitting(mixer, split):
     y1, cache = mixer(x[:, :split], cache=mixer.cache(2))
     y2, cache = mixer(x[:, split:], cache=cache)
     y, whole = mixer(x, cache=mixer.cache(2))
-    np.testing.assert_allclose(jnp.concatenate([y1, y2], axis=1), y, **TOLERANCE)
+    np.testing.assert_allclose(np.concatenate([y1, y2], axis=1), y, **TOLERANCE)
     np.testing.assert_allclose(y, mixer(x), **TOLERANCE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), cache, whole)
 
 
 def test_packed_segments_equal_sequences_run_alone_in_outputs_and_gradients(mixer):
     x, weight = inputs(1), inputs(1, seed=1)
-    ids = jnp.array([[7, 7, 7, 7, 2, 2, 2, 2, 0]])
+    ids = np.array([[7, 7, 7, 7, 2, 2, 2, 2, 0]])
     pieces = [(0, 4), (4, 8)]
 
     y, got = mixer.gradients(x, ids, weight)
@@ -55,7 +60,7 @@ def test_packed_segments_equal_sequences_run_alone_in_outputs_and_gradients(mixe
     for (a, b), (piece, _) in zip(pieces, alone, strict=True):
         np.testing.assert_allclose(y[:, a:b], piece, **TOLERANCE)
     np.testing.assert_array_equal(y[:, 8], 0)
-    want = jax.tree.map(jnp.add, alone[0][1][0], alone[1][1][0])
+    want = jax.tree.map(np.add, alone[0][1][0], alone[1][1][0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got[0], want)
     for (a, b), (_, grads) in zip(pieces, alone, strict=True):
         np.testing.assert_allclose(got[1][:, a:b], grads[1], rtol=1e-3, atol=1e-4)
@@ -66,64 +71,65 @@ def test_packed_segments_equal_sequences_run_alone_in_outputs_and_gradients(mixe
 def test_ragged_rows_equal_each_row_alone_through_prefill_and_decode(mixer, side):
     x, more = inputs(3), inputs(3, 3, seed=1)
     lengths = [9, 1, 4]
-    real = jnp.arange(T) < jnp.array(lengths)[:, None]
-    ids = (real if side == "trailing" else real[:, ::-1]).astype(jnp.int32)
+    real = np.arange(T) < np.array(lengths)[:, None]
+    ids = (real if side == "trailing" else real[:, ::-1]).astype(np.int32)
     y, cache = mixer(x, ids, mixer.cache(3))
     z, _ = decode(mixer, more, cache)
     for i, n in enumerate(lengths):
         a, b = (0, n) if side == "trailing" else (T - n, T)
-        alone, row = mixer(x[i : i + 1, a:b], cache=mixer.cache(1))
-        np.testing.assert_allclose(y[i : i + 1, a:b], alone, **TOLERANCE)
-        np.testing.assert_allclose(z[i : i + 1], decode(mixer, more[i : i + 1], row)[0], **TOLERANCE)
+        alone, row = mixer(twice(x[i : i + 1, a:b]), cache=mixer.cache(2))
+        np.testing.assert_allclose(y[i, a:b], alone[0], **TOLERANCE)
+        np.testing.assert_allclose(z[i], decode(mixer, twice(more[i : i + 1]), row)[0][0], **TOLERANCE)
 
 
 def test_after_a_packed_prefill_the_cache_continues_the_last_segment(mixer):
-    x = inputs(1)
-    ids = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0, 0]])
-    _, cache = mixer(x, ids, mixer.cache(1))
-    _, alone = mixer(x[:, 3:7], cache=mixer.cache(1))
-    more = inputs(1, 2, seed=1)
+    x = inputs(2)
+    ids = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0]] * 2)
+    _, cache = mixer(x, ids, mixer.cache(2))
+    _, alone = mixer(x[:, 3:7], cache=mixer.cache(2))
+    more = inputs(2, 2, seed=1)
     np.testing.assert_allclose(decode(mixer, more, cache)[0], decode(mixer, more, alone)[0], **TOLERANCE)
 
 
 @pytest.mark.parametrize("length", [1, 4])
 def test_a_row_of_padding_outputs_zero_and_leaves_its_cache_alone(mixer, length):
     _, cache = mixer(inputs(2), cache=mixer.cache(2))
-    ids = jnp.array([[1] * length, [0] * length])
+    ids = np.array([[1] * length, [0] * length])
     y, after = mixer(inputs(2, length, seed=1), ids, cache)
     np.testing.assert_array_equal(y[1], 0)
-    assert float(jnp.abs(y[0]).max()) > 0
+    assert np.abs(y[0]).max() > 0
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), cache, after)
 
 
 def test_outputs_do_not_depend_on_batch_neighbours(mixer):
     x = inputs(2)
-    other = x.at[1].set(100.0)
-    ids = jnp.array([[1] * T, [1] * 4 + [0] * (T - 4)])
+    other = np.stack([x[0], np.full_like(x[0], 100.0)])
+    ids = np.array([[1] * T, [1] * 4 + [0] * (T - 4)])
     np.testing.assert_array_equal(mixer(x)[0], mixer(other)[0])
-    np.testing.assert_array_equal(mixer(x, ids)[0], mixer(other, jnp.ones_like(ids))[0])
+    np.testing.assert_array_equal(mixer(x, ids)[0], mixer(other, np.ones_like(ids))[0])
 
 
 def test_outputs_do_not_depend_on_later_tokens(mixer):
-    x = inputs(1)
-    np.testing.assert_allclose(mixer(x)[:, :5], mixer(x.at[:, 5:].set(9.0))[:, :5], **TOLERANCE)
+    x, other = inputs(2), inputs(2)
+    other[:, 5:] = 9.0
+    np.testing.assert_allclose(mixer(x)[:, :5], mixer(other)[:, :5], **TOLERANCE)
 
 
 def test_gradients_are_finite_and_reach_every_parameter(mixer):
-    _, (grads, _) = mixer.gradients(inputs(1), jnp.ones((1, T), jnp.int32), inputs(1, seed=1))
+    _, (grads, _) = mixer.gradients(inputs(1), np.ones((1, T), np.int32), inputs(1, seed=1))
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        assert jnp.isfinite(grad).all(), path
-        assert jnp.abs(grad).max() > 0, path
+        assert np.isfinite(grad).all(), path
+        assert np.abs(grad).max() > 0, path
 
 
 def test_gradients_are_finite_at_zero_inputs(mixer):
-    zeros = jnp.zeros((1, T, HIDDEN))
-    _, grads = mixer.gradients(zeros, jnp.ones((1, T), jnp.int32), inputs(1))
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    zeros = np.zeros((1, T, HIDDEN), np.float32)
+    _, grads = mixer.gradients(zeros, np.ones((1, T), np.int32), inputs(1))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 def test_the_default_implementation_equals_the_recurrence(default_and_scan):
-    x, ids = inputs(1), jnp.array([[1, 1, 1, 2, 2, 2, 2, 0, 0]])
+    x, ids = inputs(2), np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0]] * 2)
     default, scan = default_and_scan
     np.testing.assert_allclose(default(x, ids), scan(x, ids), **TOLERANCE)
 
@@ -137,7 +143,7 @@ def test_bfloat16_compute_keeps_float32_parameters_state_and_gradients(bfloat16_
     if hasattr(cache, "state"):
         assert cache.state.dtype == jnp.float32 and cache.q_conv.dtype == jnp.bfloat16
     _, (grads, _) = mixer.gradients(x, None, x)
-    assert all(g.dtype == jnp.float32 and jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 def test_every_parameter_has_one_logical_axis_name_per_dimension(mixer):
