@@ -31,6 +31,9 @@ from train.sample import sample_text
 from train.step import StepMetrics, TrainState, make_eval_step, make_train_step
 from train.tokenizer import Tokenizer, load_tokenizer
 
+# Options whose change between a checkpoint and its resumption is worth a note.
+_SHAPES_TRAINING = ("train.steps", "train.seed", "train.data", "train.optimizer", "train.eval", "corpus")
+
 
 def train(config: TrainConfig) -> int:
     """Runs (or resumes) training.
@@ -69,6 +72,7 @@ class Run:
     corpus: Corpus
     model: ModelState
     rules: ShardingRules = field(default_factory=ShardingRules)
+    _evaluated: tuple[int, float] | None = None  # the last evaluation: step, loss
 
     @classmethod
     def build(cls, config: TrainConfig, directory: Path, report: Report) -> "Run":
@@ -164,11 +168,10 @@ class Run:
         else:
             state = restored.state
             self.report.say(f"resumed {self.directory} at step {int(state.step)}")
-            then, now = (
-                {k: c[k] for k in ("train", "corpus")} for c in (restored.config, self._saved_config)
-            )
-            for name, (a, b) in options.differing_fields(then, now).items():
-                self.report.say(f"note: {name} was {a!r} when that was saved and is {b!r} now")
+            changed = options.differing_fields(restored.config, self._saved_config)
+            for name, (a, b) in changed.items():
+                if name.startswith(_SHAPES_TRAINING):
+                    self.report.say(f"note: {name} was {a!r} when that was saved and is {b!r} now")
         if jax.process_index() == 0:
             text = json.dumps(self._saved_config, indent=2)
             (self.directory / "config.json").write_text(text + "\n")
@@ -271,11 +274,14 @@ class Run:
             local = {name: x[mine] for name, x in batch.items()}
             sums.append(self._eval_step(state.params, global_batch(local, self.model.mesh, self.rules)))
         losses, counts = np.array(jax.device_get(sums), np.float64).T
-        return float(losses.sum() / counts.sum())
+        loss = float(losses.sum() / counts.sum())
+        self._evaluated = (int(state.step), loss)
+        return loss
 
     def _finish(self, state: TrainState, checkpoints: Checkpoints) -> None:
         """Evaluates, samples, and says what came of it and how to go on."""
-        loss = self.evaluate(state)
+        evaluated = self._evaluated
+        loss = evaluated[1] if evaluated and evaluated[0] == int(state.step) else self.evaluate(state)
         if self._can_sample:
             self.report.text("sample", self._sample(state), int(state.step))
         self.report.close()

@@ -1,6 +1,7 @@
 """What is kept, what is refused, and that a damaged checkpoint is noticed."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import grain
@@ -97,6 +98,7 @@ def test_when_all_are_damaged_nothing_starts_over(tmp_path):
         damage(tmp_path / "c" / step, "state", "cut")
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
         restore(tmp_path / "c")
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1", "2"]  # they are left for a human
 
 
 def test_another_model_is_refused_naming_the_fields(tmp_path):
@@ -105,3 +107,13 @@ def test_another_model_is_refused_naming_the_fields(tmp_path):
     with pytest.raises(ConfigError, match=r"hidden_size is 32 there and 64 here"):
         restore(tmp_path / "c", other)
     assert (tmp_path / "c" / "1").is_dir()  # and left alone
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    save(tmp_path / "c", [None])
+    place = tmp_path / "c" / "1" / "data"
+    (place / "process_0-of-1.json").rename(place / "process_0-of-2.json")
+    shutil.copy(place / "process_0-of-2.json", place / "process_1-of-2.json")
+    with pytest.raises(ConfigError, match="saved by 2 processes"):
+        restore(tmp_path / "c")
+    assert (tmp_path / "c" / "1").is_dir()
