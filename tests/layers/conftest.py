@@ -30,6 +30,12 @@ MIXERS = {
 }
 
 
+# These programs run once or twice each: compiling them is the cost, so compile them quickly.
+_compiled = functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
 class Mixer:
     """A layer built from one case, with its calls compiled and its cache made uniformly.
 
@@ -56,12 +62,12 @@ class Mixer:
         return self.layer.init_cache(batch)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_compiled
 def _call(graph, state, x, segment_ids, cache):
     return nnx.merge(graph, state)(x, segment_ids=segment_ids, cache=cache)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_compiled
 def _gradients(graph, state, x, segment_ids, weight):
     def loss(state, x):
         y = nnx.merge(graph, state)(x, segment_ids=segment_ids)
