@@ -68,7 +68,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     """peak learning rate"""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """after warm-up: a cosine to the end, or stable and then a linear decay"""
