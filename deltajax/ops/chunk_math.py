@@ -10,6 +10,7 @@ log decays <= 0. Anchors are the borders of blocks of 1, 2, 4, ... tokens: at ea
 pair looks back on the even one, so that every pair of tokens meets at exactly one level.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ from jaxtyping import Array, Float
 from deltajax.ops.problem import GateKind, Tokens
 
 INVERSE_BLOCK = 16
+# exp of anything below is 0 in float32 and float64 alike, and sums of a chunk's worth stay finite: -inf, a
+# full reset, would turn 0 * inf into NaN in the triangular products.
+MIN_LOG_DECAY = -1e4
 
 
 class Chunks(NamedTuple):
@@ -37,14 +41,6 @@ class Chunks(NamedTuple):
     decay: Float[Array, "n b h #K 1"] | None  # exp(G_C); None: no gate
 
 
-class Level(NamedTuple):
-    """One level of anchors: m = C / (2 size) pairs of blocks of ``size`` tokens."""
-
-    size: int
-    after: Float[Array, "... m size D"]  # G_r - G_anchor for the odd block's tokens
-    before: Float[Array, "... m size D"]  # G_anchor - G_i for the even block's tokens
-
-
 def _pairs(x: Float[Array, "... M s D"]) -> tuple[Array, Array]:
     """The even and the odd of each pair of blocks, each [..., M / 2, s, D]."""
     x = x.reshape(*x.shape[:-3], x.shape[-3] // 2, 2, *x.shape[-2:])
@@ -55,22 +51,29 @@ def _blocks(x: Float[Array, "... C D"], size: int) -> Float[Array, "... M size D
     return x.reshape(*x.shape[:-2], x.shape[-2] // size, size, x.shape[-1])
 
 
-def decay_levels(g: Float[Array, "... C D"]) -> tuple[list[Level], Array, Array]:
-    """Log decays from and to the anchors of every level.
+def _from_start(g: Float[Array, "... s D"]) -> Float[Array, "... s D"]:
+    """Sum of log decays from the block's start through each token."""
+    return _full_matmul(jnp.tril(jnp.ones((g.shape[-2],) * 2, g.dtype)), g)
+
+
+def _to_end(g: Float[Array, "... s D"]) -> Float[Array, "... s D"]:
+    """Sum of log decays behind each token to the block's end."""
+    return _full_matmul(jnp.triu(jnp.ones((g.shape[-2],) * 2, g.dtype), 1), g)
+
+
+def _anchored(g: Float[Array, "... C D"], size: int) -> tuple[Array, Array]:
+    """The factors of ``exp(G_r - G_i)`` for r in an odd block of ``size`` tokens, i in the even one before.
 
     Returns:
-      The levels, sizes 1, 2, 4, ..., C / 2; ``G`` [..., C, D], from the chunk's start through each token;
-      ``G_C - G`` [..., C, D], from behind each token to the chunk's end.
+      ``exp(G_r - G_anchor)`` and ``exp(G_anchor - G_i)``, each [..., C / (2 size), size, D] and at most 1.
     """
-    prefix, suffix = _blocks(g, 1), jnp.zeros_like(_blocks(g, 1))  # [..., C, 1, D]
-    levels = []
-    for _ in range(g.shape[-2].bit_length() - 1):
-        (prefix_even, prefix_odd), (suffix_even, suffix_odd) = _pairs(prefix), _pairs(suffix)
-        levels.append(Level(prefix_odd.shape[-2], prefix_odd, suffix_even))
-        total_even, total_odd = prefix_even[..., -1:, :], prefix_odd[..., -1:, :]
-        prefix = jnp.concatenate([prefix_even, total_even + prefix_odd], axis=-2)
-        suffix = jnp.concatenate([suffix_even + total_odd, suffix_odd], axis=-2)
-    return levels, prefix[..., 0, :, :], suffix[..., 0, :, :]
+    even, odd = _pairs(_blocks(g, size))
+    return jnp.exp(_from_start(odd)), jnp.exp(_to_end(even))
+
+
+def _levels(C: int) -> list[int]:
+    """Block sizes 1, 2, 4, ..., C / 2."""
+    return [1 << l for l in range(C.bit_length() - 1)]
 
 
 def _merge(even_odd: Float[Array, "... M s s"], block: Float[Array, "... m s s"]) -> Array:
@@ -80,34 +83,39 @@ def _merge(even_odd: Float[Array, "... M s s"], block: Float[Array, "... m s s"]
     return jnp.concatenate([top, jnp.concatenate([block, odd], axis=-1)], axis=-2)
 
 
-def decay_matrix(levels: list[Level]) -> Float[Array, "... C C"]:
-    """``exp(G_r - G_i)`` for i <= r, else 0, of a per-head gate (levels with D = 1)."""
-    one = levels[0].after
-    gamma = jnp.ones((*one.shape[:-3], 2 * one.shape[-3], 1, 1), one.dtype)
-    for level in levels:
-        gamma = _merge(gamma, jnp.exp(level.after) * jnp.exp(level.before).mT)
+def decay_matrix(g: Float[Array, "... C 1"]) -> Float[Array, "... C C"]:
+    """``exp(G_r - G_i)`` for i <= r, else 0, of a per-head gate."""
+    gamma = jnp.ones_like(g)[..., None]  # [..., C, 1, 1]
+    for size in _levels(g.shape[-2]):
+        after, before = _anchored(g, size)
+        gamma = _merge(gamma, after * before.mT)
     return gamma[..., 0, :, :]
 
 
 def decayed_relations(
-    q: Float[Array, "... C K"], k: Float[Array, "... C K"], levels: list[Level], precision: Precision
+    q: Float[Array, "... C K"], k: Float[Array, "... C K"], g: Float[Array, "... C K"], precision: Precision
 ) -> tuple[Float[Array, "... C C"], Float[Array, "... C C"]]:
     """``sum_d x_r[d] k_i[d] exp(G_r[d] - G_i[d])`` of a per-channel gate.
 
     Returns:
       for x = k and i < r; for x = q and i <= r; 0 elsewhere.
     """
-    qk = jnp.sum(q * k, axis=-1)[..., None, None]  # [..., C, 1, 1]
-    kk = jnp.zeros_like(qk)
-    for size, after, before in levels:
+
+    @partial(jax.checkpoint, static_argnums=3)  # keep q, k and g, not every level's decayed copies of them
+    def relate(q, k, g, size):
+        after, before = _anchored(g, size)
         k_even, k_odd = _pairs(_blocks(k, size))
         _, q_odd = _pairs(_blocks(q, size))
-        columns = k_even * jnp.exp(before)  # [..., m, size, K]
-        rows = jnp.concatenate([k_odd, q_odd], axis=-2) * jnp.exp(jnp.concatenate([after, after], axis=-2))
+        columns = k_even * before  # [..., m, size, K]
+        rows = jnp.concatenate([k_odd * after, q_odd * after], axis=-2)
         if size < 4:  # too small for matrix units: multiply and add
-            block = jnp.sum(rows[..., :, None, :] * columns[..., None, :, :], axis=-1)
-        else:
-            block = jnp.matmul(rows, columns.mT, precision=precision)
+            return jnp.sum(rows[..., :, None, :] * columns[..., None, :, :], axis=-1)
+        return jnp.matmul(rows, columns.mT, precision=precision)
+
+    qk = jnp.sum(q * k, axis=-1)[..., None, None]  # [..., C, 1, 1]
+    kk = jnp.zeros_like(qk)
+    for size in _levels(q.shape[-2]):
+        block = relate(q, k, g, size)
         kk, qk = _merge(kk, block[..., :size, :]), _merge(qk, block[..., size:, :])
     return kk[..., 0, :, :], qk[..., 0, :, :]
 
@@ -176,7 +184,8 @@ def chunk_actions(tokens: Tokens, gate_kind: GateKind, precision: Precision) -> 
       tokens: chunked: q, k [n, b, H, C, K]; v [n, b, h, C, V]; beta [n, b, h, C, 1]; g None,
         [n, b, h, C, 1] (head) or [n, b, h, C, K] (channel).
       gate_kind: the gate's kind.
-      precision: of the matrix products, the inverse aside (always full).
+      precision: of products whose errors do not build up. The inverse and what it multiplies always get
+        full precision: with repeated keys and beta near 2, T's terms of alternating sign cancel.
     """
     q, k, v, g, beta = tokens
     group = v.shape[2] // k.shape[2]
@@ -184,24 +193,23 @@ def chunk_actions(tokens: Tokens, gate_kind: GateKind, precision: Precision) -> 
     def grouped(x):  # [n, b, H, ...] -> [n, b, h, ...]
         return jnp.repeat(x, group, axis=2) if group > 1 else x
 
-    if gate_kind == "channel":
+    if g is not None:
+        g = jnp.maximum(g, MIN_LOG_DECAY)
+    if g is not None and gate_kind == "channel":
         q, k = grouped(q), grouped(k)
-        levels, G, to_end = decay_levels(g)
-        kk, qk = decayed_relations(q, k, levels, precision)
-    else:
-        kk = grouped(jnp.tril(jnp.matmul(k, k.mT, precision=precision), -1))
+        kk, qk = decayed_relations(q, k, g, precision)
+    else:  # products per key head; a per-head decay multiplies them afterwards
+        kk = grouped(jnp.tril(_full_matmul(k, k.mT), -1))
         qk = grouped(jnp.tril(jnp.matmul(q, k.mT, precision=precision)))
         q, k = grouped(q), grouped(k)
-        if gate_kind == "head":
-            levels, G, to_end = decay_levels(g)
-            gamma = decay_matrix(levels)
+        if g is not None:
+            gamma = decay_matrix(g)
             kk, qk = kk * gamma, qk * gamma
 
     T = unit_lower_inverse(beta * kk)  # (I + A)^-1
-    u = jnp.matmul(T, beta * v, precision=precision)
-    if gate_kind == "none":
-        return Chunks(jnp.matmul(T, beta * k, precision=precision), u, q, qk, k, None)
-    from_start = jnp.exp(G)
-    w = jnp.matmul(T, beta * k * from_start, precision=precision)
-    decay = from_start[..., -1, :, None]  # [n, b, h, K or 1, 1]
-    return Chunks(w, u, q * from_start, qk, k * jnp.exp(to_end), decay)
+    u = _full_matmul(T, beta * v)
+    if g is None:
+        return Chunks(_full_matmul(T, beta * k), u, q, qk, k, None)
+    from_start, to_end = jnp.exp(_from_start(g)), jnp.exp(_to_end(g))
+    w = _full_matmul(T, beta * k * from_start)
+    return Chunks(w, u, q * from_start, qk, k * to_end, from_start[..., -1, :, None])

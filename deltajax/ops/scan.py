@@ -70,4 +70,4 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
     finals = None if N is None else start  # a segment without tokens keeps its initial state
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, beta, ids))
     (state, _, finals), o = jax.lax.scan(step, (first, jnp.zeros(B, jnp.int32), finals), tokens)
-    return jnp.moveaxis(o, 0, 1).astype(inputs.v.dtype), state if N is None else finals
+    return jnp.moveaxis(o, 0, 1).astype(inputs.v.dtype), state if finals is None else finals

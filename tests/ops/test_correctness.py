@@ -58,23 +58,25 @@ def test_float16_inputs_stay_within_half_precision(gate):
     assert_close(got, cases.reference(case, x), 2e-3)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("direction", ("exact", "any"))
+@pytest.mark.parametrize("T", (65, pytest.param(1000, marks=pytest.mark.slow)))
 @pytest.mark.parametrize("gate", cases.GATES)
-def test_identical_keys_in_any_direction_err_no_more_than_their_condition(gate, seed):
-    """With beta = 2 each token reflects the state along k, so an error d in k.k turns into 2 T d.
+def test_decaying_identical_keys_with_beta_2_err_no_more_than_their_condition(gate, T, direction):
+    """The worst legal keys: every token reflects the state along k, so all of T's entries are +-2 (decayed).
 
-    k.k is known to float32's unit roundoff at best (and the recurrence in float32 has the same disease once
-    the normalisation is inside it), hence a bound that grows with T.
+    Rounding each entry of A to float32 (relative u = 2^-24, a few times over: product, decay, beta) then
+    moves T by T dA T, up to 4 C u for each chunk of C; and the error of k.k itself, where k is not exact, is
+    the same for all tokens and adds up. Hence bounds linear in T; the cases of `CASES`, whose products are
+    exact, hold the usual 1e-5 at any T.
     """
-    T = 130
-    case = Case(gate, T=T, K=32, V=32, keys="random", beta_max=2.0, decay="zero", normalize=False)
-    x = cases.arrays(case, np.float32, seed)
-    x["k"] = np.broadcast_to(x["k"][:, :1], x["k"].shape)
-    x["beta"] = np.full_like(x["beta"], 2.0)
-    unit_roundoff = np.finfo(np.float32).eps / 2
-    assert_close(
-        cases.outputs_and_gradients(case, x, "chunked"), cases.reference(case, x), 2 * T * 8 * unit_roundoff
-    )
+    roundings = {"exact": 16, "any": 64}[direction]
+    case = Case(gate, T=T, K=64, V=32, keys="identical", beta_max=2.0, decay="slow", normalize=False)
+    x = cases.arrays(case, np.float32)
+    if direction == "any":
+        k = np.random.default_rng(cases.SEED).normal(size=case.K)
+        x["k"] = np.broadcast_to(k / np.linalg.norm(k), x["k"].shape).astype(np.float32)
+    got = cases.outputs_and_gradients(case, x, "chunked")
+    assert_close(got, cases.reference(case, x), roundings * T * 2.0**-24)
 
 
 @pytest.mark.parametrize("gate", ("head", "channel"))
@@ -95,5 +97,5 @@ def test_every_chunk_size_gives_the_same_result(gate):
     case = Case(gate, T=130, K=16, V=16, decay="slow", segments="states")
     x = cases.arrays(case, np.float32)
     expected = cases.reference(case, x)
-    for chunk_size in (16, 32, 128, 256):
+    for chunk_size in (16, 128):
         assert_close(cases.outputs_and_gradients(case, x, "chunked", chunk_size), expected, FLOAT32_TOLERANCE)

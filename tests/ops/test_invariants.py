@@ -12,7 +12,7 @@ from tests import cases
 from tests.cases import Case
 
 TOLERANCE = 1e-5  # float32; decays are slow, so that a leak would show
-few_examples = settings(max_examples=5, deadline=None, derandomize=cases.SEED == 0)
+few_examples = settings(max_examples=3, deadline=None, derandomize=cases.SEED == 0)
 implementations = pytest.mark.parametrize("implementation", ("scan", "chunked"))
 gates = pytest.mark.parametrize("gate", cases.GATES)
 
