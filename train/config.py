@@ -169,7 +169,7 @@ else:
 class TrainConfig:
     """Train a delta-rule language model; run again to resume."""
 
-    preset: Preset = "tiny_delta_net"
+    preset: Preset = "tiny_gated_delta_net"
     """the model"""
     steps: int = 300
     """optimizer steps in all, those before a resume included"""
