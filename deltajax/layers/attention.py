@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deltajax.layers.attention_cache import AttentionCache, Layout, layout_of
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
 from deltajax.layers.rotary import RotaryEmbedding
+from deltajax.ops.checks import check_segment_ids
 
 
 class Attention(nnx.Module):
@@ -18,6 +19,10 @@ class Attention(nnx.Module):
 
     Token t sees tokens s <= t of its own segment, and only t - s < window_size where a window is set.
     Rotary positions restart with every segment. `jax.nn.dot_product_attention` computes it.
+
+    Memory: on the XLA path, full attention holds T x T logits per head, in the forward and the backward
+    pass. With a window, a call without a cache holds at most T x 2 window_size. A call of T tokens with a
+    cache holds logits of all T tokens with each other and with every slot, window or not.
 
     Args:
       hidden_size: width D.
@@ -90,13 +95,19 @@ class Attention(nnx.Module):
         Args:
           x: [B, T, D] input.
           segment_ids: int32 [B, T] for packed rows: nothing is seen across ids; id 0 is padding, which
-            outputs 0 and does not enter the cache.
+            outputs 0 and does not enter the cache. Padding stands between segments or at a row's ends, not
+            inside a segment (a window would then reach less far back).
           cache: what earlier calls returned (or `init_cache`); it belongs to the row's first segment.
 
         Returns:
           y [B, T, D] in the compute dtype; `(y, cache)` when a cache is given.
+
+        Raises:
+          TypeError, ValueError: on segment ids that are not integers of shape [B, T].
         """
         B, T, _ = x.shape
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, B, T)
         layout = layout_of(B, T, segment_ids, None if cache is None else cache.length)
         q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
         k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
@@ -104,8 +115,7 @@ class Attention(nnx.Module):
         if self.rotary is not None:
             q, k = self.rotary(q, layout.position), self.rotary(k, layout.position)
         if cache is None:
-            o = self._attend(q, k, v, None if segment_ids is None else self._mask(layout, layout))
-            return self._output(o, segment_ids)
+            return self._output(self._attend_alone(q, k, v, layout, segment_ids is not None), segment_ids)
 
         new_cache = cache.append(k, v, layout)
         if T == 1:  # the token is its own last key: the ring holds everything it sees
@@ -137,6 +147,19 @@ class Attention(nnx.Module):
             mask = mask & (distance < self.window_size)
         return mask[:, None]
 
+    def _attend_alone(self, q, k, v, layout: Layout, packed: bool) -> Float[Array, "B T N K"]:
+        """Attention among a call's own tokens; in a window, by blocks once that makes fewer logits."""
+        B, T = q.shape[:2]
+        window = self.window_size
+        # cuDNN's kernel holds no logits for a plain window, and skips what lies outside.
+        kernel = self.implementation == "cudnn" and not packed
+        if window is None or kernel or -(-T // window) <= 2:
+            return self._attend(q, k, v, self._mask(layout, layout) if packed else None)
+        q, queries = jax.tree.map(lambda a: _fold(_blocks(a, window)), (q, layout))
+        k, v, keys = jax.tree.map(lambda a: _fold(_with_previous(_blocks(a, window))), (k, v, layout))
+        o = self._attend(q, k, v, self._mask(queries, keys))
+        return o.reshape(B, -1, *o.shape[2:])[:, :T]
+
     def _attend(self, q, k, v, mask) -> Float[Array, "B T N K"]:
         if mask is not None:
             return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=self.implementation)
@@ -149,6 +172,23 @@ class Attention(nnx.Module):
         if segment_ids is not None:
             o = jnp.where((segment_ids != 0)[..., None, None], o, 0)
         return self.o_proj(o.reshape(*o.shape[:2], -1))
+
+
+def _blocks(x: Array, size: int) -> Array:
+    """[B, T, ...] as [B, N, size, ...]; zeros (in a layout: padding) fill the last block."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+def _with_previous(x: Array) -> Array:
+    """[B, N, size, ...] to [B, N, 2 size, ...]: every block after the one before it, zeros at first."""
+    previous = jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.concatenate([previous, x], axis=2)
+
+
+def _fold(x: Array) -> Array:
+    """[B, N, ...] to [B N, ...]."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _held(cache: AttentionCache) -> Layout:

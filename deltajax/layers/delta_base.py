@@ -89,7 +89,8 @@ class DeltaLayer(nnx.Module):
         Args:
           x: [B, T, D] input.
           segment_ids: int32 [B, T] for packed rows: state and convolutions restart where the id changes;
-            id 0 is padding, which outputs 0 and leaves the cache alone.
+            id 0 is padding, which outputs 0 and leaves the cache alone. Padding stands between segments or
+            at a row's ends, not inside a segment: the convolutions' taps do not skip over it.
           cache: what earlier calls returned (or `init_cache`); it belongs to the row's first segment.
 
         Returns:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from typing import Any, Self
 
+from deltajax.ops.checks import MAX_K, MAX_V
+
 MIXERS = ("delta_net", "gated_delta_net", "kda", "sliding_window", "full_attention")
 DELTA_MIXERS = ("delta_net", "gated_delta_net", "kda")
 REMAT = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")
@@ -43,8 +45,8 @@ class ModelConfig:
         `num_layers`.
       num_heads: query/key heads H of the delta-rule layers.
       num_v_heads: value heads HV, a multiple of `num_heads`; None means `num_heads`.
-      head_dim: query/key head size K of the delta-rule layers.
-      head_v_dim: value head size V; None means `head_dim`.
+      head_dim: query/key head size K of the delta-rule layers, at most 256.
+      head_v_dim: value head size V, at most 512; None means `head_dim`.
       intermediate_size: width of the SwiGLU MLP.
       conv_size: taps of the short convolutions.
       allow_neg_eigval: beta in [0, 2] instead of [0, 1].
@@ -62,7 +64,7 @@ class ModelConfig:
       dtype: compute dtype.
       param_dtype: parameter dtype (`A_log` and `dt_bias` are float32 always).
       remat: "none", "full", or the name of a `jax.checkpoint_policies` policy among `REMAT`.
-      chunk_size: chunk of the delta-rule ops, None for the op's choice.
+      chunk_size: chunk of the delta-rule ops, a power of two >= 16; None for the op's choice.
       implementation: backend of the delta-rule ops, None for the op's choice.
       attention_implementation: backend of `jax.nn.dot_product_attention`, None for JAX's choice.
 
@@ -114,8 +116,13 @@ class ModelConfig:
             self._fail("attn_num_kv_heads", f"a divisor of the {self.attention_heads} attention heads")
         if self.has_attention:
             self._check_attention()
+        if self.has_delta:
+            self._check_delta()
         if self.conv_size < 2:
             self._fail("conv_size", "at least 2 taps")
+        size = self.chunk_size
+        if size is not None and (size < 16 or size & (size - 1)):
+            self._fail("chunk_size", "a power of two >= 16, or None")
         if self.lower_bound is not None and not self.lower_bound < 0:
             self._fail("lower_bound", "a negative number or None")
         if not self.norm_eps > 0:
@@ -138,6 +145,11 @@ class ModelConfig:
     def has_attention(self) -> bool:
         """Whether any layer is softmax attention."""
         return any(kind not in DELTA_MIXERS for kind in self.layer_pattern)
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether any layer is a delta-rule layer."""
+        return any(kind in DELTA_MIXERS for kind in self.layer_pattern)
 
     @property
     def value_heads(self) -> int:
@@ -208,6 +220,12 @@ class ModelConfig:
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 self._fail(field, "a positive integer or None")
+
+    def _check_delta(self) -> None:
+        if self.head_dim > MAX_K:
+            self._fail("head_dim", f"at most {MAX_K}, for the delta-rule layers")
+        if self.value_dim > MAX_V:
+            self._fail("head_v_dim", f"at most {MAX_V}, for the delta-rule layers")
 
     def _check_attention(self) -> None:
         if self.attn_head_dim is None and self.hidden_size % self.attention_heads:

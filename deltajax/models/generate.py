@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from deltajax.models.language_model import LanguageModel, ModelCache
 from deltajax.models.sampling import Sampling, sample
+from deltajax.ops.checks import is_concrete
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def generate(
 
     Args:
       model: the language model.
-      prompt_tokens: int [B, T], right-padded.
+      prompt_tokens: int [B, T], right-padded; all ids, padding too, lie in the vocabulary.
       prompt_lengths: int [B], tokens of each prompt, from 1 to T; None means T.
       max_new_tokens: N, static.
       temperature: 0 takes the most likely token; above, logits are divided by it and sampled.
@@ -69,11 +70,12 @@ def generate(
       int32 [B, N], the new tokens.
 
     Raises:
-      ValueError: on an empty or misshapen prompt, lengths out of range, or invalid sampling options.
+      ValueError: on an empty or misshapen prompt, ids or lengths out of range, or invalid sampling options.
     """
-    prompt_tokens = jnp.asarray(prompt_tokens, jnp.int32)
+    given, prompt_tokens = prompt_tokens, jnp.asarray(prompt_tokens, jnp.int32)
     if prompt_tokens.ndim != 2 or 0 in prompt_tokens.shape:
         raise ValueError(f"prompt_tokens: expected a non-empty [B, T], got shape {prompt_tokens.shape}")
+    _check_ids(given, model.config.vocab_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected a positive integer")
     B, T = prompt_tokens.shape
@@ -90,6 +92,19 @@ def generate(
         jax.random.key(0) if key is None else key,
         _Options(max_new_tokens, sampling, tuple(int(t) for t in stop_tokens), pad_token),
     )
+
+
+def _check_ids(tokens, vocab_size: int) -> None:
+    # An id outside the table would embed as NaN, and the row decode to zeros without a word.
+    if not is_concrete(tokens):
+        return
+    values = np.asarray(tokens)
+    low, high = values.min(), values.max()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"prompt_tokens: expected ids from 0 to vocab_size - 1 = {vocab_size - 1}, "
+            f"got values from {low} to {high}"
+        )
 
 
 def _checked_lengths(lengths, B: int, T: int) -> Int[Array, "B"]:

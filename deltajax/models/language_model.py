@@ -57,7 +57,7 @@ class LanguageModel(nnx.Module):
         Args:
           tokens: int32 [B, T].
           segment_ids: int32 [B, T] for packed rows; sequences do not see each other, id 0 is padding
-            (its logits mean nothing).
+            (its logits mean nothing), which stands between sequences or at a row's ends, not inside one.
           cache: what earlier calls returned (or `init_cache`); it belongs to each row's first segment.
 
         Returns:

@@ -82,6 +82,11 @@ def mixer(request) -> Mixer:
     return Mixer(request.param)
 
 
+@pytest.fixture(params=["delta_net", "gated_delta_net", "kda"], scope="session")
+def default_mixer(request) -> Mixer:
+    return Mixer(request.param, implementation=None)
+
+
 @pytest.fixture(params=["delta_net", "gated_delta_net", "kda"])
 def default_and_scan(request) -> tuple[Mixer, Mixer]:
     return Mixer(request.param, implementation=None), Mixer(request.param)

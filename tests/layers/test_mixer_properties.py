@@ -50,6 +50,19 @@ def test_splitting_at_any_point_with_caches_equals_no_splitting(mixer, split):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), cache, whole)
 
 
+def test_splits_and_cached_decode_equal_the_full_forward_with_the_default_implementation(default_mixer):
+    x = inputs(2)
+    full = default_mixer(x)
+    whole, cache_of_whole = default_mixer(x, cache=default_mixer.cache(2))
+    y1, cache = default_mixer(x[:, :4], cache=default_mixer.cache(2))
+    y2, cache_of_split = default_mixer(x[:, 4:], cache=cache)
+    decoded, cache_of_steps = decode(default_mixer, x[:, 4:], cache)
+    for y in (whole, np.concatenate([y1, y2], axis=1), np.concatenate([y1, decoded], axis=1)):
+        np.testing.assert_allclose(y, full, **TOLERANCE)
+    for cache in (cache_of_split, cache_of_steps):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), cache, cache_of_whole)
+
+
 def test_packed_segments_equal_sequences_run_alone_in_outputs_and_gradients(mixer):
     x, weight = inputs(1), inputs(1, seed=1)
     ids = np.array([[7, 7, 7, 7, 2, 2, 2, 2, 0]])

@@ -27,6 +27,10 @@ def test_the_pattern_repeats_to_the_number_of_layers():
         (dict(num_layers=2.0), r"num_layers=2.0: expected a positive integer"),
         (dict(num_layers=True), r"num_layers=True: expected a positive integer"),
         (dict(chunk_size=-1), r"chunk_size=-1: expected a positive integer or None"),
+        (dict(chunk_size=48), r"chunk_size=48: expected a power of two >= 16, or None"),
+        (dict(chunk_size=8), r"chunk_size=8: expected a power of two >= 16, or None"),
+        (dict(head_dim=300), r"head_dim=300: expected at most 256"),
+        (dict(head_v_dim=600), r"head_v_dim=600: expected at most 512"),
         (dict(conv_size=1), r"conv_size=1: expected at least 2"),
         (dict(layer_pattern="kda"), r"layer_pattern='kda': expected a non-empty tuple"),
         (dict(layer_pattern=()), r"layer_pattern=\(\): expected a non-empty tuple"),
@@ -50,6 +54,11 @@ def test_the_pattern_repeats_to_the_number_of_layers():
 def test_an_invalid_field_is_named_with_what_was_seen_and_expected(changes, message):
     with pytest.raises(ValueError, match="ModelConfig." + message):
         BASE.replace(**changes)
+
+
+def test_the_limits_of_the_delta_rule_bind_only_patterns_with_its_layers():
+    BASE.replace(head_dim=256, head_v_dim=512, chunk_size=16)
+    BASE.replace(head_dim=300, head_v_dim=600, layer_pattern=("full_attention",))
 
 
 @pytest.mark.parametrize(

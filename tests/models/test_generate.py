@@ -89,3 +89,13 @@ def test_invalid_options_raise(hybrid, options, message):
 def test_an_empty_prompt_raises(hybrid):
     with pytest.raises(ValueError, match=r"prompt_tokens: expected a non-empty"):
         generate(hybrid, jnp.zeros((2, 0), jnp.int32), max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seen"),
+    [([[3, 17]], "3 to 17"), ([[-1, 3]], "-1 to 3"), (np.array([[2**32, 1]]), f"1 to {2**32}")],
+)
+def test_prompt_ids_outside_the_vocabulary_raise(hybrid, tokens, seen):
+    message = rf"prompt_tokens: expected ids from 0 to vocab_size - 1 = 16, got values from {seen}"
+    with pytest.raises(ValueError, match=message):
+        generate(hybrid, tokens, max_new_tokens=1)

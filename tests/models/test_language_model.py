@@ -115,6 +115,15 @@ def test_hidden_states_then_logits_is_the_model(hybrid, run):
     np.testing.assert_allclose(hidden @ hybrid.head_kernel(), run(hybrid, tokens), **TOLERANCE)
 
 
+def test_two_models_of_one_configuration_have_one_definition_and_average_leaf_by_leaf(hybrid, run):
+    other = LanguageModel(hybrid.config, rngs=nnx.Rngs(1))
+    assert nnx.graphdef(other) == nnx.graphdef(hybrid)
+    average = jax.tree.map(lambda a, b: (a + b) / 2, hybrid, other)
+    want = (hybrid.embedding[...] + other.embedding[...]) / 2
+    np.testing.assert_array_equal(average.embedding[...], want)
+    assert jnp.isfinite(run(average, tokens_of(2))).all()
+
+
 def test_tied_embeddings_are_the_head(tiny, build):
     model = build(tiny.replace(tie_embeddings=True))
     np.testing.assert_array_equal(model.head_kernel(), model.embedding[...].T)
