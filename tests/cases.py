@@ -165,9 +165,9 @@ def arrays(case: Case, dtype=np.float64, seed: int = SEED) -> dict[str, np.ndarr
     return out
 
 
-def call(case: Case, x: dict, implementation: str, chunk_size: int | None = None):
-    """(o, final_state) of the case through the public ops."""
-    options = dict(
+def call(case: Case, x: dict, implementation: str, chunk_size: int | None = None, **options):
+    """(o, final_state) of the case through the public ops; ``options`` go to the op."""
+    options |= dict(
         normalize_qk=case.normalize,
         initial_state=x.get("initial_state"),
         segment_ids=x.get("segment_ids"),

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int
 
-from deltajax.ops import checks, dispatch
+from deltajax.ops import checks, context, dispatch
 from deltajax.ops.gates import Gate
 from deltajax.ops.problem import GateKind, Inputs, Options
 
@@ -25,6 +25,7 @@ def delta_rule(
     num_segments: int | None = None,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], State]:
     """DeltaNet (arXiv 2406.06484): a matrix memory that is corrected by what it already returns.
 
@@ -47,6 +48,9 @@ def delta_rule(
       implementation: "scan" (the recurrence, differentiated by JAX), "chunked" (plain JAX on any platform),
         "pallas" (raises if no kernel supports the call), or None: the fastest that supports the call on
         the platform the program is lowered for.
+      axis_name: inside `jax.shard_map`, the mesh axis over which T is sharded (context parallelism). All
+        arrays are then this device's tokens, initial_state and gate are the same on all devices, and
+        final_state belongs to the whole rows and is the same on all devices.
 
     Returns:
       o: [B, T, HV, V] in v's dtype.
@@ -72,6 +76,7 @@ def delta_rule(
         num_segments=num_segments,
         chunk_size=chunk_size,
         implementation=implementation,
+        axis_name=axis_name,
     )
 
 
@@ -90,6 +95,7 @@ def gated_delta_rule(
     num_segments: int | None = None,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], State]:
     """Gated DeltaNet (arXiv 2412.06464): the delta rule on a memory that each head decays.
 
@@ -116,6 +122,7 @@ def gated_delta_rule(
         num_segments=num_segments,
         chunk_size=chunk_size,
         implementation=implementation,
+        axis_name=axis_name,
     )
 
 
@@ -134,6 +141,7 @@ def kimi_delta_attention(
     num_segments: int | None = None,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T HV V"], State]:
     """Kimi Delta Attention (arXiv 2510.26692): the delta rule with a decay for every channel of the key.
 
@@ -160,6 +168,7 @@ def kimi_delta_attention(
         num_segments=num_segments,
         chunk_size=chunk_size,
         implementation=implementation,
+        axis_name=axis_name,
     )
 
 
@@ -179,6 +188,7 @@ def _run(
     num_segments: int | None,
     chunk_size: int | None,
     implementation: Implementation | None,
+    axis_name: str | None,
 ) -> tuple[Array, Array]:
     checks.check_call(
         q,
@@ -212,4 +222,8 @@ def _run(
         num_segments=num_segments,
         chunk_size=chunk_size,
     )
-    return dispatch.run(inputs, options, implementation)
+
+    def run(inputs: Inputs, options: Options) -> tuple[Array, Array]:
+        return dispatch.run(inputs, options, implementation)
+
+    return run(inputs, options) if axis_name is None else context.run(run, inputs, options, axis_name)

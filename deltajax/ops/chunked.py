@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from deltajax.ops import packing, segments
 from deltajax.ops.chunk_math import Chunks, chunk_actions
-from deltajax.ops.problem import GateKind, Inputs, Options, Tokens, compute_dtype, prepare
+from deltajax.ops.problem import GateKind, Inputs, Options, Tokens, initial_state, prepare, vary_alike
 
 DEFAULT_CHUNK_SIZE = 64
 
@@ -75,14 +75,6 @@ def _from_chunks(x: Float[Array, "n B H C D"], T: int, plan: _Plan) -> Float[Arr
     return x[:, :T] if plan.layout is None else packing.take(x, plan.layout.target)
 
 
-def _initial_state(inputs: Inputs, options: Options) -> Float[Array, "B HV K V"]:
-    if inputs.initial_state is not None:
-        return inputs.initial_state.astype(compute_dtype(inputs))
-    B, _, HV, V = inputs.v.shape
-    segments_axis = () if options.num_segments is None else (options.num_segments,)
-    return jnp.zeros((B, *segments_axis, HV, inputs.q.shape[-1], V), compute_dtype(inputs))
-
-
 def _walk(
     chunks: Chunks, initial: Array, plan: _Plan
 ) -> tuple[Float[Array, "n b h K V"], Float[Array, "n b h C V"], Array]:
@@ -117,7 +109,9 @@ def _walk(
         finals = finals.at[row, _or_drop(exit_, initial)].set(new, mode="drop")
         return (new, finals), (state, values)
 
-    first = (jnp.zeros_like(initial[:, 0]), initial)  # a segment without tokens keeps its initial state
+    first = vary_alike(
+        jnp.zeros_like(initial[:, 0]), initial
+    )  # a segment without tokens keeps its initial state
     (_, finals), (states, values) = lax.scan(
         step_segments, first, (chunks, plan.layout.entry, plan.layout.exit)
     )
@@ -138,7 +132,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
     plan = _plan(inputs, options)
     tokens = _chunked_tokens(inputs, options, plan)
     chunks = chunk_actions(tokens, plan.gate_kind, plan.precision)
-    states, values, final = _walk(chunks, _initial_state(inputs, options), plan)
+    states, values, final = _walk(chunks, initial_state(inputs, options), plan)
     o = jnp.matmul(chunks.qg, states, precision=plan.precision)
     o = o + jnp.matmul(chunks.p, values, precision=plan.precision)  # O = Q exp(G) S + P V'
     return _from_chunks(o, inputs.v.shape[1], plan).astype(inputs.v.dtype), final
@@ -185,7 +179,7 @@ def _walk_back(
         dinitial = dinitial.at[row, _or_drop(entry, dfinal)].set(before, mode="drop")
         return (before, dinitial), (dstate, dvalues)
 
-    first = (jnp.zeros_like(dfinal[:, 0]), dfinal)
+    first = vary_alike(jnp.zeros_like(dfinal[:, 0]), dfinal)
     xs = ((chunks, do, dvalues), plan.layout.entry, plan.layout.exit)
     (_, dinitial), (dstates, dvalues) = lax.scan(step_segments, first, xs, reverse=True)
     return dstates, dvalues, dinitial
@@ -199,16 +193,13 @@ def backward(inputs: Inputs, options: Options, do: Float[Array, "B T HV V"], dfi
 
     def ready(floats: Inputs) -> tuple[Tokens, Array]:
         whole = floats._replace(segment_ids=ids)
-        return _chunked_tokens(whole, options, plan), _initial_state(whole, options)
+        return _chunked_tokens(whole, options, plan), initial_state(whole, options)
 
     (tokens, initial), pull_ready = jax.vjp(ready, inputs._replace(segment_ids=None))
     chunks, pull_actions = jax.vjp(lambda t: chunk_actions(t, plan.gate_kind, precision), tokens)
     states, values, _ = _walk(chunks, initial, plan)
 
-    do = jax.linear_transpose(
-        lambda o: _from_chunks(o, inputs.v.shape[1], plan),
-        jax.ShapeDtypeStruct(chunks.u.shape, chunks.u.dtype),
-    )(do.astype(chunks.u.dtype))[0]
+    do = _to_chunks(do.astype(chunks.u.dtype), plan)
     dvalues = jnp.matmul(chunks.p.mT, do, precision=precision)
     dstates, dvalues, dinitial = _walk_back(chunks, do, dvalues, dfinal.astype(initial.dtype), plan)
 

@@ -12,7 +12,7 @@ from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
 from deltajax.ops import chunked, scan
-from deltajax.ops.problem import Inputs, Options
+from deltajax.ops.problem import Inputs, Options, vary_alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[A
       ValueError: unknown implementation.
       NotImplementedError: "pallas", and no kernel supports the call.
     """
+    inputs = Inputs(*vary_alike(*inputs))
     if implementation == "scan":
         return _scan(inputs, options)
     if implementation == "chunked":

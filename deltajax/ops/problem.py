@@ -1,7 +1,7 @@
 """What every implementation receives: checked arrays, static options, and how they are prepared."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +57,34 @@ def compute_dtype(inputs: Inputs) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
 
+def vary_alike(*arrays: Array | None) -> tuple[Any, ...]:
+    """Makes arrays inside a `jax.shard_map` vary over the same mesh axes: all that any of them varies over.
+
+    Custom derivatives and loop carries want equal types; outside a shard_map nothing changes.
+    """
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays if x is not None))
+
+    def cast(x):
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return tuple(None if x is None else cast(jnp.asarray(x)) for x in arrays)
+
+
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
     """``x * rsqrt(sum x^2 + 1e-6)`` over the last axis; its gradient at a zero vector is finite."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
+def initial_state(inputs: Inputs, options: Options) -> Float[Array, "B HV K V"] | Float[Array, "B N HV K V"]:
+    """The state (or states) to start from, zeros where the caller gave none, in the compute dtype."""
+    dtype = compute_dtype(inputs)
+    if inputs.initial_state is not None:
+        return inputs.initial_state.astype(dtype)
+    B, _, HV, V = inputs.v.shape
+    segments_axis = () if options.num_segments is None else (options.num_segments,)
+    zeros = jnp.zeros((B, *segments_axis, HV, inputs.q.shape[-1], V), dtype)
+    return vary_alike(zeros, inputs.q)[0]
 
 
 def prepare(inputs: Inputs, options: Options) -> Tokens:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltajax.ops.problem import Inputs, Options, compute_dtype, prepare
+from deltajax.ops.problem import Inputs, Options, initial_state, prepare, vary_alike
 
 
 def decay_of(g: Float[Array, "..."] | None, gate_kind: str) -> Float[Array, "... #K 1"] | float:
@@ -37,18 +37,14 @@ def delta_update(state, q, k, v, decay, beta):
 
 def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"], Array]:
     """Runs the recurrence over T. Differentiable; memory for gradients is linear in T states."""
-    dtype = compute_dtype(inputs)
     q, k, v, g, beta = prepare(inputs, options)
-    B, T, H, K = q.shape
-    HV, V = v.shape[2:]
+    B, T, H, _ = q.shape
+    HV = v.shape[2]
     N = options.num_segments
     q, k = (jnp.repeat(x, HV // H, axis=2) for x in (q, k))  # value head j reads head j // (HV // H)
 
     ids = jnp.ones((B, T), jnp.int32) if inputs.segment_ids is None else inputs.segment_ids.astype(jnp.int32)
-    start_shape = (B, HV, K, V) if N is None else (B, N, HV, K, V)
-    start = (
-        jnp.zeros(start_shape, dtype) if inputs.initial_state is None else inputs.initial_state.astype(dtype)
-    )
+    start = initial_state(inputs, options)
     row = jnp.arange(B)
 
     def step(carry, token):
@@ -66,8 +62,10 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
             finals = finals.at[row, jnp.where(real, id - 1, N)].set(state, mode="drop")
         return (state, jnp.where(real, id, last_id), finals), o
 
-    first = start if N is None else jnp.zeros((B, HV, K, V), dtype)
+    first = start if N is None else jnp.zeros_like(start[:, 0])
     finals = None if N is None else start  # a segment without tokens keeps its initial state
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, beta, ids))
-    (state, _, finals), o = jax.lax.scan(step, (first, jnp.zeros(B, jnp.int32), finals), tokens)
+    no_id = jnp.zeros_like(ids[:, 0])
+    first, no_id = vary_alike(first, no_id, start)[:2]
+    (state, _, finals), o = jax.lax.scan(step, (first, no_id, finals), tokens)
     return jnp.moveaxis(o, 0, 1).astype(inputs.v.dtype), state if finals is None else finals

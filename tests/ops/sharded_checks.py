@@ -1,0 +1,107 @@
+"""Run by test_sharding.py in a process of its own, with 8 CPU devices."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from tests import cases
+from tests.cases import Case
+
+TOLERANCE = 1e-5
+PER_TOKEN = ("q", "k", "v", "g", "beta", "do")
+
+
+def mesh(**axes):
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def errors(case: Case, x: dict, specs: dict, devices, implementation, check_vma=True, **options) -> dict:
+    """Relative errors of outputs and gradients under shard_map against the unsharded float64 scan."""
+    x = jax.tree.map(jnp.asarray, x)
+    op = jax.shard_map(
+        lambda x: cases.call(case, x, implementation, **options),
+        mesh=devices,
+        in_specs=({n: specs[n] for n in x},),
+        out_specs=(specs["do"], specs["dstate"]),
+        check_vma=check_vma,
+    )
+    floats = {n: a for n, a in x.items() if n != "segment_ids"}
+
+    def loss(floats):
+        o, state = op({**x, **floats})
+        return jnp.sum(o * x["do"]) + jnp.sum(state * x["dstate"]), (o, state)
+
+    grads, (o, state) = jax.jit(jax.grad(loss, has_aux=True))(floats)
+    got = {"o": o, "final_state": state} | {f"d{n}": g for n, g in grads.items()}
+    expected = cases.reference(case, x)
+    return {n: cases.relative_error(got[n], expected[n]) for n in expected}
+
+
+def rows_and_heads():
+    """Rows over one axis, heads over another; gate parameters are the same for all rows."""
+    tokens = P("data", None, "heads")
+    for gate in cases.GATES:
+        for segments in ("none", "packed", "states"):
+            decay = "softplus" if gate != "none" else "random"
+            case = Case(gate, T=33, B=4, H=2, HV=4, K=16, V=8, decay=decay, segments=segments)
+            state = P("data", None, "heads") if segments == "states" else P("data", "heads")
+            specs = dict.fromkeys(PER_TOKEN, tokens) | dict.fromkeys(("initial_state", "dstate"), state)
+            specs |= {"segment_ids": P("data"), "A_log": P("heads"), "dt_bias": P("heads")}
+            x = cases.arrays(case, np.float32)
+            for implementation in ("scan", None) if segments != "packed" else (None,):
+                yield (
+                    f"{case} {implementation}",
+                    errors(case, x, specs, mesh(data=4, heads=2), implementation),
+                )
+
+
+def context_specs() -> dict:
+    specs = dict.fromkeys((*PER_TOKEN, "segment_ids"), P(None, "context"))
+    return specs | dict.fromkeys(("initial_state", "dstate", "A_log", "dt_bias"), P())
+
+
+def context_parallel():
+    """Tokens over an axis, with slow decay so that a leak between devices would show."""
+    for gate in cases.GATES:
+        for segments in ("none", "packed", "states"):
+            for parts in (8,) if segments == "none" else (4,):
+                decay = "slow" if gate != "none" else "random"
+                case = Case(gate, T=96, B=2, HV=2, K=16, V=8, decay=decay, segments=segments, beta_max=2.0)
+                x = cases.arrays(case, np.float32)
+                got = errors(case, x, context_specs(), mesh(context=parts), None, axis_name="context")
+                yield f"{case} context {parts}", got
+
+
+def context_parallel_edges():
+    """Devices that hold only padding, a boundary at a device's edge, one segment over several devices."""
+    rows = [
+        [0] * 16 + [1] * 8 + [2] * 8 + [0] * 16,  # two devices of padding, a boundary inside the third
+        [1] * 12 + [2] * 12 + [3] * 24,  # boundaries at the edges, then two devices of one segment
+        [0] * 48,
+        [2] * 12 + [0] * 12 + [2] * 6 + [1] * 18,  # padding for a whole device inside a segment
+    ]
+    for segments in ("packed", "states"):
+        case = Case("channel", T=48, B=4, K=16, V=8, decay="slow", segments=segments)
+        x = cases.arrays(case, np.float32) | {"segment_ids": np.array(rows, np.int32)}
+        for check_vma in (True, False):
+            got = errors(case, x, context_specs(), mesh(context=4), None, check_vma, axis_name="context")
+            yield f"{case} edges, check_vma {check_vma}", got
+
+
+def main() -> int:
+    worst = 0.0
+    for check in (rows_and_heads, context_parallel, context_parallel_edges):
+        for name, found in check():
+            top = max(found.values(), key=lambda e: e if e == e else np.inf)
+            bad = {n: e for n, e in found.items() if not e < TOLERANCE}
+            print(f"{'FAIL' if bad else 'ok'} {check.__name__} {name}: {top:.1e} {bad or ''}", flush=True)
+            worst = max(worst, top if top == top else np.inf)
+    return 0 if worst < TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
