@@ -3,14 +3,28 @@
 import logging
 import sys
 
-from train.checkpoint import CheckpointError
-from train.config import ConfigError, parse
-from train.corpus import DataError
-from train.loop import train
+# What the extra `deltajax[train]` brings beyond the layers.
+_TRAIN_PACKAGES = {"grain", "optax", "orbax", "rich", "tensorboardX", "tokenizers", "tyro"}
 
 
 def main(args: list[str] | None = None) -> int:
     """Parses options, trains, and returns the exit status; wrong options or data give 2."""
+    try:
+        return _main(args)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _TRAIN_PACKAGES:
+            raise
+        print(f"error: no package {error.name}: pip install 'deltajax[train]'", file=sys.stderr)
+        return 2
+
+
+def _main(args: list[str] | None) -> int:
+    # Here, so that `main` can say which packages to install.
+    from train.checkpoint import CheckpointError
+    from train.config import ConfigError, parse
+    from train.corpus import DataError
+    from train.loop import train
+
     config = parse(args)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file at WARNING
     try:

@@ -18,7 +18,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
-from train.config import ConfigError, differing_fields
+from train.config import ARITHMETIC, ConfigError, differing_fields
 from train.step import TrainState
 
 
@@ -28,8 +28,12 @@ def _digest(state: TrainState) -> jax.Array:
 
     def leaf(x: jax.Array) -> jax.Array:
         width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32).reshape(-1)
-        place = jax.lax.iota(jnp.uint32, bits.size)
+        bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+        # The position in the flattened array, counted without flattening: reshaping an array that is split
+        # over devices would gather it on each of them.
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, size in enumerate(bits.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # wraps: the same in any order
 
     total = jnp.uint32(0)
@@ -119,7 +123,7 @@ class Checkpoints:
         Args:
             abstract: shapes, dtypes and shardings to restore into.
             data: the data iterator, set to the checkpoint's position.
-            model: this run's model configuration.
+            model: this run's model configuration; how it computes (`ARITHMETIC`) may differ from the saved.
             report: is given one line per unreadable checkpoint.
 
         Raises:
@@ -150,7 +154,8 @@ class Checkpoints:
     def _restore(self, step: int, abstract: TrainState, data: Any, model: dict[str, Any]) -> Restored:
         config = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
         saved_model, digest = dict(config["model"]), int(config.pop("digest"))
-        if changed := differing_fields(saved_model, model):
+        changed = differing_fields(saved_model, model)
+        if changed := {name: values for name, values in changed.items() if name not in ARITHMETIC}:
             raise ConfigError(
                 f"{self.directory / str(step)} holds another model: "
                 + ", ".join(f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items())

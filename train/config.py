@@ -1,6 +1,8 @@
 """Every option of `python -m train`: typed dataclasses, parsed by tyro, stored as JSON beside checkpoints."""
 
 import dataclasses
+import math
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -10,6 +12,10 @@ from typing import Any, Literal
 import tyro
 
 from deltajax.models import PRESETS, ModelConfig, get_preset
+
+# Fields of the model's configuration that decide how it computes, and neither its parameters nor, but for
+# rounding, its function: a checkpoint may be resumed with others.
+ARITHMETIC = frozenset({"dtype", "remat", "chunk_size", "implementation", "attention_implementation"})
 
 
 class ConfigError(ValueError):
@@ -202,25 +208,69 @@ class TrainConfig:
             "--checkpoint.keep": self.checkpoint.keep,
             "--mesh.fsdp": self.mesh.fsdp,
             "--log.every": self.log.every,
+            "--log.peak-tflops": 1 if self.log.peak_tflops is None else self.log.peak_tflops,
         }
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"argument {name}: must be positive, got {value}")
+        self._check_ranges()
+        if self.data.eos_token is not None and self.data.tokenizer is None:
+            raise ConfigError("argument --data.eos-token: goes with --data.tokenizer; bytes have their own")
         manual = (self.mesh.coordinator, self.mesh.num_processes, self.mesh.process_id)
         if any(x is not None for x in manual) and (None in manual or not self.mesh.distributed):
             raise ConfigError(
                 "argument --mesh.coordinator: goes with --mesh.num-processes, --mesh.process-id and "
                 "--mesh.distributed"
             )
-        if not 0 < self.data.held_out_fraction < 1:
-            raise ConfigError(
-                f"argument --data.held-out-fraction: {self.data.held_out_fraction} is not between 0 and 1"
-            )
         if self.data.batch_size % self.optimizer.accumulate:
             raise ConfigError(
                 f"argument --optimizer.accumulate: {self.optimizer.accumulate} does not divide "
                 f"--data.batch-size {self.data.batch_size}"
             )
+
+    def _check_ranges(self) -> None:
+        optimizer, held_out = self.optimizer, self.data.held_out_fraction
+        ranges = {
+            "--seed": (self.seed, 0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
+            "--data.held-out-fraction": (held_out, 0 < held_out < 1, "between 0 and 1"),
+            "--data.prefetch": (self.data.prefetch, self.data.prefetch >= 0, "0 or more"),
+            "--optimizer.warmup-steps": (optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
+            "--optimizer.decay-fraction": (
+                optimizer.decay_fraction,
+                0 < optimizer.decay_fraction <= 1,
+                "above 0 and at most 1",
+            ),
+            "--optimizer.final-fraction": (
+                optimizer.final_fraction,
+                0 <= optimizer.final_fraction <= 1,
+                "from 0 to 1",
+            ),
+            "--optimizer.b1": (optimizer.b1, 0 <= optimizer.b1 < 1, "from 0 to below 1"),
+            "--optimizer.b2": (optimizer.b2, 0 <= optimizer.b2 < 1, "from 0 to below 1"),
+            "--optimizer.eps": (optimizer.eps, 0 < optimizer.eps < math.inf, "positive and finite"),
+            "--optimizer.weight-decay": (
+                optimizer.weight_decay,
+                0 <= optimizer.weight_decay < math.inf,
+                "0 or more and finite",
+            ),
+            "--sample.tokens": (self.sample.tokens, self.sample.tokens >= 0, "0 or more"),
+            "--sample.temperature": (
+                self.sample.temperature,
+                0 <= self.sample.temperature < math.inf,
+                "0 or more and finite",
+            ),
+        }
+        for name, (value, fits, expected) in ranges.items():
+            if not fits:
+                raise ConfigError(f"argument {name}: must be {expected}, got {value}")
+
+
+def model_arguments(config: TrainConfig) -> str:
+    """The arguments that chose the model, for messages."""
+    given = {k.replace("_", "-"): v for k, v in dataclasses.asdict(config.model).items() if v is not None}
+    return " ".join(
+        [f"--preset {config.preset}", *(f"--model.{name} {value}" for name, value in given.items())]
+    )
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
@@ -242,11 +292,17 @@ def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
             vocab_size=vocab_size, param_dtype="float32", **{"layer_pattern": pattern, **changes}
         )
     except ValueError as error:
-        raise ConfigError(f"--model: {error}") from error
+        raise ConfigError(f"arguments {model_arguments(config)}: {error}") from error
 
 
 def parse(args: Sequence[str] | None = None) -> TrainConfig:
     """Options from the command line; prints usage and exits with status 2 if they are wrong."""
+    args = list(sys.argv[1:] if args is None else args)
+    for i, arg in enumerate(args):  # presets may be spelt with dashes, as `get_preset` allows
+        if i and args[i - 1] == "--preset":
+            args[i] = arg.replace("-", "_")
+        elif arg.startswith("--preset="):
+            args[i] = "--preset=" + arg.removeprefix("--preset=").replace("-", "_")
     return tyro.cli(TrainConfig, prog="python -m train", args=args)
 
 

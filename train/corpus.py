@@ -112,8 +112,14 @@ def _json_lines(name: str, text_field: str) -> Iterator[Document]:
             if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
                 fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise DataError(f"{name}:{number}: no text in field {text_field!r} (found: {fields})")
-            if record[text_field]:
-                yield Document(f"{name}:{number}", record[text_field].encode("utf-8"))
+            try:
+                text = record[text_field].encode("utf-8")
+            except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+                raise DataError(
+                    f"{name}:{number}: text in field {text_field!r} is not Unicode ({error})"
+                ) from error
+            if text:
+                yield Document(f"{name}:{number}", text)
 
 
 def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
@@ -133,13 +139,22 @@ def split_documents(documents: Sequence[Document], fraction: float) -> tuple[lis
 
 
 def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenStore:
-    """Tokenises documents into one store, an end-of-document id on either side of each."""
+    """Tokenises documents into one store, an end-of-document id on either side of each.
+
+    Raises:
+        DataError: a document has an id beyond the tokenizer's vocabulary.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     eos = np.array([tokenizer.eos_id], dtype)
     parts, lengths = [], []
     for document in documents:
-        ids = tokenizer.encode(document.text).astype(dtype)
-        parts += [eos, ids, eos]
+        ids = tokenizer.encode(document.text)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+            raise DataError(
+                f"{document.name}: token ids from {ids.min()} to {ids.max()}, beyond the vocabulary of "
+                f"{tokenizer.vocab_size}"
+            )
+        parts += [eos, ids.astype(dtype), eos]
         lengths.append(len(ids) + 2)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     tokens = np.concatenate(parts) if parts else eos[:0]

@@ -25,14 +25,23 @@ from train.guard import StopRequest, only_run_in, stop_on_signals
 from train.mesh import ShardingRules, global_batch, make_mesh
 from train.metrics import MetricsFile, Throughput, peak_flops
 from train.model_state import ModelState, model_state
+from train.objective import batch_loss_sum
 from train.optimizer import decay_mask, make_optimizer, make_schedule
 from train.report import Report
 from train.sample import sample_text
 from train.step import StepMetrics, TrainState, make_eval_step, make_train_step
-from train.tokenizer import Tokenizer, load_tokenizer
+from train.tokenizer import Tokenizer, UnknownTokenError, load_tokenizer
 
 # Options whose change between a checkpoint and its resumption is worth a note.
-_SHAPES_TRAINING = ("train.steps", "train.seed", "train.data", "train.optimizer", "train.eval", "corpus")
+_SHAPES_TRAINING = (
+    "model.",
+    "train.steps",
+    "train.seed",
+    "train.data",
+    "train.optimizer",
+    "train.eval",
+    "corpus",
+)
 
 
 def train(config: TrainConfig) -> int:
@@ -53,8 +62,13 @@ def train(config: TrainConfig) -> int:
     first = jax.process_index() == 0
     report = Report(enabled=first, every=config.log.every)
     directory = Path(config.run_dir or f"runs/{config.preset}")
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"argument --run-dir: {directory} is a file")
     run = Run.build(config, directory, report)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"argument --run-dir: {directory} cannot be made ({error})") from error
     if not first:
         return run.go()
     with only_run_in(directory):
@@ -78,7 +92,12 @@ class Run:
     def build(cls, config: TrainConfig, directory: Path, report: Report) -> "Run":
         """Reads the text and traces the model; makes no arrays and writes nothing."""
         data = config.data
-        tokenizer = load_tokenizer(data.tokenizer, data.eos_token)
+        try:
+            tokenizer = load_tokenizer(data.tokenizer, data.eos_token)
+        except UnknownTokenError as error:
+            raise ConfigError(f"argument --data.eos-token: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"argument --data.tokenizer: {error}") from error
         corpus = load_corpus(data.files, data.text_field, data.held_out_fraction, tokenizer)
         try:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -90,7 +109,23 @@ class Run:
                 f"argument --data.batch-size: {data.batch_size} rows do not split over {mesh.size} devices "
                 f"x {config.optimizer.accumulate} micro-batches"
             )
-        return cls(config, directory, report, tokenizer, corpus, model)
+        run = cls(config, directory, report, tokenizer, corpus, model)
+        try:
+            run._trace()
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(f"arguments {options.model_arguments(config)}: {error}") from error
+        return run
+
+    def _trace(self) -> None:
+        """Raises what the model has to say against its options or the device."""
+        rows = self.config.data.batch_size // self.config.optimizer.accumulate
+        ids = jax.ShapeDtypeStruct((rows, self.config.data.seq_len), jnp.int32)
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids"), ids)
+        loss = jax.jit(lambda params, batch: batch_loss_sum(self.model.model(params), batch))
+        if self.model.config.implementation == "pallas":  # refuses a device only when lowered for it
+            loss.lower(self.model.abstract, batch)
+        else:
+            jax.eval_shape(loss, self.model.abstract, batch)
 
     def go(self) -> int:
         """Trains to the last step; see `train` for the exit status."""
@@ -182,6 +217,7 @@ class Run:
     ) -> TrainState:
         """Steps from `start` to the end, or until asked to stop; saves at the end either way.
 
+        Asked to stop it saves at once, without evaluation: what sent the signal may not wait long.
         A step's numbers are read one step late, while the next one runs.
         """
         config = self.config
@@ -214,12 +250,15 @@ class Run:
             batch = next(data)
             state, metrics = train_step(state, global_batch(batch, self.model.mesh, self.rules), ok)
             ok = metrics.ok
+            if step == start + 1:
+                throughput.restart()  # that call compiled
             if pending is not None:
                 write(self._line(*pending, state, throughput))
             pending = (step, metrics, batch)
 
-            last = step == config.steps or self._must_stop(stop, step)
-            evaluate = step % config.eval.every == 0 or last
+            stopping = self._must_stop(stop, step)
+            last = step == config.steps or stopping
+            evaluate = (step % config.eval.every == 0 or last) and not stopping
             save = step % config.checkpoint.every == 0 or last
             sample = step % config.sample.every == 0 and not last
             if not (evaluate or save or sample):
@@ -231,7 +270,7 @@ class Run:
             write(line)  # before saving: a resumed run finds the lines of all steps before it
             if save:
                 checkpoints.save(step, state, data, self._saved_config, line.get("eval_loss"))
-            if sample and self._can_sample:
+            if sample and self._can_sample and not stop:
                 self.report.text("sample", self._sample(state), step)
             if last:
                 break

@@ -71,6 +71,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Throughput:
     """Tokens per second and MFU since the last call, from wall time.
 
+    What should not count (compilation, evaluation, saving) is left out by the caller's `restart`.
+
     Args:
         flops_per_token: forward and backward.
         peak: FLOP/s of all devices together, or None where it is not known.
@@ -81,7 +83,7 @@ class Throughput:
         self._time = time.perf_counter()
 
     def restart(self) -> None:
-        """Leaves out the time since the last call: evaluation, saving, compilation."""
+        """Leaves out the time since the last call."""
         self._time = time.perf_counter()
 
     def update(self, tokens: float) -> dict[str, float]:

@@ -40,6 +40,10 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
+class UnknownTokenError(ValueError):
+    """The token that should separate documents is not in the vocabulary."""
+
+
 class FileTokenizer:
     """A tokenizer read from a Hugging Face `tokenizers` JSON file.
 
@@ -50,7 +54,8 @@ class FileTokenizer:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a tokenizer, or `eos_token` is not in its vocabulary.
+        ValueError: the file is not a tokenizer.
+        UnknownTokenError: `eos_token` is not in its vocabulary.
     """
 
     def __init__(self, path: str | Path, eos_token: str | None = None):
@@ -63,11 +68,12 @@ class FileTokenizer:
             self._tokenizer = HFTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: not a tokenizers JSON file ({error})") from error
-        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        # Not the number of tokens: a vocabulary may have holes.
+        size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         names = (eos_token,) if eos_token is not None else COMMON_EOS
         found = [i for name in names if (i := self._tokenizer.token_to_id(name)) is not None]
         if eos_token is not None and not found:
-            raise ValueError(f"{path}: no token {eos_token!r} in the vocabulary")
+            raise UnknownTokenError(f"{path}: no token {eos_token!r} in the vocabulary")
         self.eos_id: int = found[0] if found else size
         self.vocab_size: int = max(size, self.eos_id + 1)
 
@@ -78,8 +84,7 @@ class FileTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids -> text, without special tokens."""
-        known = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        return self._tokenizer.decode([int(i) for i in ids if 0 <= i < known and i != self.eos_id])
+        return self._tokenizer.decode([int(i) for i in ids if 0 <= i < self.vocab_size and i != self.eos_id])
 
 
 def load_tokenizer(path: str | None, eos_token: str | None = None) -> Tokenizer:

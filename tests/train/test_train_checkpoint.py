@@ -2,6 +2,8 @@
 
 import itertools
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import grain
@@ -10,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.train.train_common import environment
 from train.checkpoint import CheckpointError, Checkpoints
 from train.config import ConfigError
 from train.step import TrainState
 
-MODEL = {"hidden_size": 32, "layers": ["kda"]}
+MODEL = {"hidden_size": 32, "layers": ["kda"], "remat": "none", "implementation": "scan"}
 
 
 def state_at(step: int) -> TrainState:
@@ -103,10 +106,51 @@ def test_when_all_are_damaged_nothing_starts_over(tmp_path):
 
 def test_another_model_is_refused_naming_the_fields(tmp_path):
     save(tmp_path / "c", [None])
-    other = {"hidden_size": 64, "layers": ["kda"]}
+    other = {**MODEL, "hidden_size": 64}
     with pytest.raises(ConfigError, match=r"hidden_size is 32 there and 64 here"):
         restore(tmp_path / "c", other)
     assert (tmp_path / "c" / "1").is_dir()  # and left alone
+
+
+def test_the_same_model_computed_otherwise_is_accepted(tmp_path):
+    save(tmp_path / "c", [None])
+    other = {**MODEL, "remat": "full", "implementation": None, "dtype": "bfloat16", "chunk_size": 32}
+    assert int(restore(tmp_path / "c", other)[0].state.step) == 1
+
+
+# Leaves of several ranks and dtypes, one of them split along each dimension of a [2, 2] mesh.
+DIGEST = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from train.checkpoint import _digest
+from train.step import TrainState
+
+rng = np.random.default_rng(0)
+leaves = [rng.normal(size=s).astype(np.float32) for s in [(), (6,), (4, 8), (2, 4, 6)]]
+leaves += [rng.integers(0, 9, size=(4, 4)).astype(np.int32), rng.normal(size=(8,)).astype(jnp.bfloat16)]
+total = 0
+for x in leaves:  # the flattened array's bits, weighted by odd numbers, modulo 2**32
+    bits = x.reshape(-1).view({2: np.uint16, 4: np.uint32}[x.itemsize]).astype(object)
+    total = (total * 31 + sum(int(b) * (2 * i + 1) for i, b in enumerate(bits))) % 2**32
+mesh = jax.make_mesh((2, 2), ("data", "fsdp"))
+specs = [P(), P("fsdp"), P("data", "fsdp"), P(None, "fsdp"), P(), P("data")]
+split = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(leaves, specs, strict=True)]
+whole, split = TrainState(leaves[0], leaves[1:], ()), TrainState(split[0], split[1:], ())
+assert int(_digest(split)) == int(_digest(jax.tree.map(jnp.asarray, whole))) == total
+text = _digest.lower(split).compile().as_text()
+assert "all-reduce" in text and "all-gather" not in text, text
+"""
+
+
+def test_checksum_of_a_sharded_state_gathers_nothing_and_is_that_of_the_flat_arrays():
+    done = subprocess.run(
+        [sys.executable, "-c", DIGEST],
+        env=environment(devices=4),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_another_number_of_processes_is_refused(tmp_path):

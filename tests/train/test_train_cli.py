@@ -1,18 +1,26 @@
 """`python -m train` as a user meets it, in this process."""
 
+import contextlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tokenizers
 
-from tests.train.train_common import TINY, losses, write_text
+from tests.train.train_common import TINY, environment, losses, write_text
 from train import config as options
+from train import loop, metrics
 from train.__main__ import main
-from train.guard import only_run_in
+from train.guard import StopRequest, only_run_in
 from train.metrics import MetricsFile, Throughput, peak_flops, read_metrics
 
 
@@ -142,6 +150,57 @@ def test_checkpoint_of_another_model_is_refused_naming_the_fields(finished, tmp_
     assert "hidden_size is 32 there and 48 here" in capsys.readouterr().err
 
 
+def test_the_same_model_computed_otherwise_resumes_with_a_note(finished, tmp_path, capsys):
+    directory, args = in_copy(finished, tmp_path)
+    assert main([*args, "--model.remat", "full", "--steps", "9"]) == 0
+    out = capsys.readouterr().out
+    assert "at step 8" in out
+    assert "note: model.remat was 'none' when that was saved and is 'full' now" in out
+    assert list(losses(directory)) == list(range(1, 10))
+
+
+def test_asked_to_stop_it_saves_without_evaluating(finished, tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def asked():
+        stop = StopRequest()
+        stop.signal = signal.SIGTERM
+        yield stop
+
+    def never(*_):
+        raise AssertionError("evaluated or sampled within the grace period")
+
+    monkeypatch.setattr(loop, "stop_on_signals", asked)
+    monkeypatch.setattr(loop.Run, "evaluate", never)
+    monkeypatch.setattr(loop.Run, "_sample", never)
+    _, args = finished
+    args = [*args, "--run-dir", str(tmp_path / "r"), "--eval.every", "1", "--sample.every", "1"]
+    assert main([*args, "--sample.tokens", "4"]) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 1 of 8; saved" in capsys.readouterr().out
+    assert (tmp_path / "r" / "checkpoints" / "1").is_dir() and list(losses(tmp_path / "r")) == [1]
+
+
+def test_compilation_does_not_count_as_training_time(finished, tmp_path, monkeypatch):
+    late = 0.0
+    make = loop.make_train_step
+
+    def slow_to_compile(*args):
+        step, compiled = make(*args), False
+
+        def call(*args):
+            nonlocal late, compiled
+            late, compiled = late if compiled else late + 10_000, True
+            return step(*args)
+
+        return call
+
+    monkeypatch.setattr(loop, "make_train_step", slow_to_compile)
+    clock = types.SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
+    monkeypatch.setattr(metrics, "time", clock)
+    assert main([*finished[1], "--run-dir", str(tmp_path / "r"), "--steps", "2"]) == 0
+    for line in read_metrics(tmp_path / "r" / "metrics.jsonl"):
+        assert line["tokens"] / line["tokens_per_second"] < 10_000
+
+
 def test_two_runs_in_one_directory_are_refused(finished, tmp_path, capsys):
     directory, args = in_copy(finished, tmp_path)
     with only_run_in(directory):
@@ -202,12 +261,60 @@ def test_wrong_options_are_named_and_give_status_2(args, expected, capsys):
         (["--data.files", "/nowhere/*.txt"], "data file not found: /nowhere/*.txt"),
         (["--data.tokenizer", "nothing.json"], "tokenizer file not found: nothing.json"),
         (["--mesh.fsdp", "64"], "needs 64 devices"),
+        (["--seed", "-1"], "argument --seed"),
+        (["--sample.temperature", "-1"], "argument --sample.temperature"),
+        (["--sample.tokens", "-1"], "argument --sample.tokens"),
+        (["--data.prefetch", "-1"], "argument --data.prefetch"),
+        (["--log.peak-tflops", "0"], "argument --log.peak-tflops"),
+        (["--optimizer.b1", "1.5"], "argument --optimizer.b1"),
+        (["--optimizer.b2", "-0.1"], "argument --optimizer.b2"),
+        (["--optimizer.eps", "0"], "argument --optimizer.eps"),
+        (["--optimizer.weight-decay", "nan"], "argument --optimizer.weight-decay"),
+        (["--optimizer.warmup-steps", "-5"], "argument --optimizer.warmup-steps"),
+        (["--optimizer.decay-fraction", "0"], "argument --optimizer.decay-fraction"),
+        (["--optimizer.final-fraction", "1.5"], "argument --optimizer.final-fraction"),
+        (["--data.eos-token", "X"], "argument --data.eos-token: goes with --data.tokenizer"),
+        (["--data.tokenizer", "{dir}/broken.json"], "argument --data.tokenizer: {dir}/broken.json"),
+        (
+            ["--data.tokenizer", "{dir}/words.json", "--data.eos-token", "X"],
+            "argument --data.eos-token: {dir}/words.json: no token 'X'",
+        ),
+        (["--data.files", "{dir}/half.jsonl"], "{dir}/half.jsonl:1: text in field 'text' is not Unicode"),
+        (["--run-dir", "{dir}/broken.json"], "argument --run-dir: {dir}/broken.json is a file"),
+        (["--run-dir", "{dir}/broken.json/r"], "argument --run-dir: {dir}/broken.json/r cannot be made"),
+        (["--model.chunk-size", "48"], "--model.chunk-size 48: "),
+        (["--model.head-dim", "300"], "--model.head-dim 300: "),
+        (["--model.implementation", "pallas"], "--model.implementation pallas: "),
     ],
 )
 def test_values_that_cannot_work_are_named_and_leave_no_trace(args, expected, tmp_path, text, capsys):
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "half.jsonl").write_text(r'{"text": "\ud83d"}')
+    words = tokenizers.models.WordLevel({"a": 0}, unk_token="a")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "words.json"))
+    there = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    args = [arg.replace("{dir}", str(tmp_path)) for arg in args]
     assert main(["--data.files", text, "--run-dir", str(tmp_path / "r"), *args]) == 2
-    assert expected in capsys.readouterr().err
-    assert not (tmp_path / "r").exists()
+    assert expected.replace("{dir}", str(tmp_path)) in (err := capsys.readouterr().err)
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == there
+
+
+def test_presets_may_be_spelt_with_dashes():
+    for args in (["--preset", "tiny-kda"], ["--preset=tiny-kda"], ["--preset", "tiny_kda"]):
+        assert options.parse([*args, "--run-dir", "a-b"]) == options.TrainConfig("tiny_kda", run_dir="a-b")
+
+
+def test_missing_packages_are_told_in_one_line():
+    code = "import sys; sys.modules[{!r}] = None; from train.__main__ import main; sys.exit(main([]))"
+    for name, status in {"tyro": 2, "numpy": 1}.items():  # without NumPy not even the layers work
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(name)], env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == status
+        last = done.stderr.splitlines()[-1]
+        assert ("pip install 'deltajax[train]'" in last) == (status == 2), done.stderr
+        assert ("Traceback" in done.stderr) == (status == 1)
 
 
 def test_help_is_readable(capsys):

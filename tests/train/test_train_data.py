@@ -144,7 +144,9 @@ def test_file_without_documents_is_named(tmp_path):
         load(tmp_path / "blank.jsonl")
 
 
-@pytest.mark.parametrize("line", ["{not json", '{"body": "x"}', '["x"]', '{"text": 3}'])
+@pytest.mark.parametrize(
+    "line", ["{not json", '{"body": "x"}', '["x"]', '{"text": 3}', r'{"text": "\ud83d"}']
+)
 def test_bad_json_line_is_named_by_file_and_line(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\n' + line + "\n")
