@@ -18,7 +18,7 @@ class AttentionCache(NamedTuple):
 
     key: Float[Array, "B L KV K"]  # rotated already
     value: Float[Array, "B L KV K"]
-    length: Int[Array, "B"]  # int32, tokens seen so far in each row
+    length: Int[Array, " B"]  # int32, tokens seen so far in each row
 
     def positions(self) -> Int[Array, "B L"]:
         """The position each slot holds; negative where it holds none."""
@@ -55,7 +55,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(
-    batch: int, length: int, segment_ids: Int[Array, "B T"] | None, seen: Int[Array, "B"] | None
+    batch: int, length: int, segment_ids: Int[Array, "B T"] | None, seen: Int[Array, " B"] | None
 ) -> Layout:
     """Runs and positions of a call's tokens; the first run continues after `seen` earlier tokens."""
     if segment_ids is None:

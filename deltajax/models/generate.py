@@ -30,7 +30,7 @@ class _Loop(NamedTuple):
 
     step: Int[Array, ""]
     tokens: Int[Array, "B N"]
-    last: Int[Array, "B"]
+    last: Int[Array, " B"]
     finished: Array  # bool [B]
     cache: ModelCache
 
@@ -39,7 +39,7 @@ def generate(
     model: LanguageModel,
     prompt_tokens: Int[Array, "B T"],
     *,
-    prompt_lengths: Int[Array, "B"] | None = None,
+    prompt_lengths: Int[Array, " B"] | None = None,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -107,7 +107,7 @@ def _check_ids(tokens, vocab_size: int) -> None:
         )
 
 
-def _checked_lengths(lengths, B: int, T: int) -> Int[Array, "B"]:
+def _checked_lengths(lengths, B: int, T: int) -> Int[Array, " B"]:
     if lengths is None:
         return jnp.full((B,), T, jnp.int32)
     if not isinstance(lengths, jax.core.Tracer):

@@ -24,7 +24,7 @@ class Sampling(NamedTuple):
             raise ValueError(f"top_p={self.top_p}: expected a number in (0, 1], or None")
 
 
-def sample(logits: Float[Array, "B vocab"], options: Sampling, keys: Key[Array, "B"]) -> Int[Array, "B"]:
+def sample(logits: Float[Array, "B vocab"], options: Sampling, keys: Key[Array, " B"]) -> Int[Array, " B"]:
     """One token per row, each drawn with its own key, so that rows do not depend on each other.
 
     Args:

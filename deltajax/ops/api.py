@@ -36,7 +36,7 @@ def delta_rule(
       k: [B, T, H, K] keys.
       v: [B, T, HV, V] values, V up to 512. HV is a multiple of H: value head j reads head j // (HV // H).
       beta: [B, T, HV] write strength, already activated; in [0, 1], or [0, 2] for negative eigenvalues.
-      scale: multiplies q; K^-1/2 if None.
+      scale: multiplies q, a static number; K^-1/2 if None.
       normalize_qk: L2-normalise q and k over K inside the op: ``x * rsqrt(sum x^2 + 1e-6)``.
       initial_state: [B, HV, K, V], the state before the first token (of the row's first segment); with
         ``num_segments`` [B, N, HV, K, V], one for each segment. Zeros if None.
@@ -51,6 +51,9 @@ def delta_rule(
       axis_name: inside `jax.shard_map`, the mesh axis over which T is sharded (context parallelism). All
         arrays are then this device's tokens, initial_state and gate are the same on all devices, and
         final_state belongs to the whole rows and is the same on all devices.
+
+    Differentiable in reverse mode in every float argument and through both results ("scan" in forward mode
+    too).
 
     Returns:
       o: [B, T, HV, V] in v's dtype.
@@ -202,6 +205,7 @@ def _run(
         segment_ids=segment_ids,
         num_segments=num_segments,
         chunk_size=chunk_size,
+        scale=scale,
     )
     inputs = Inputs(
         q=q,

@@ -69,7 +69,7 @@ def check_gate(gate: Any, kind: GateKind, HV: int, K: int) -> None:
         else:
             check_shape("gate.dt_bias", gate.dt_bias, "HV", (HV,))
     bound = gate.lower_bound
-    if bound is not None and not (isinstance(bound, int | float) and bound < 0):
+    if bound is not None and not (isinstance(bound, int | float | np.number) and bound < 0):
         raise ValueError(f"gate.lower_bound must be a number < 0 or None, got {bound!r}")
 
 
@@ -96,6 +96,7 @@ def check_call(
     segment_ids: Any,
     num_segments: Any,
     chunk_size: Any,
+    scale: Any,
 ) -> None:
     """Checks a whole-sequence call; raises ValueError or TypeError."""
     for name, x in (("q", q), ("k", k), ("v", v), ("beta", beta)):
@@ -122,9 +123,10 @@ def check_call(
         else:
             check_gate(gate, kind, HV, K)
     if chunk_size is not None and not (
-        isinstance(chunk_size, int) and chunk_size >= 16 and chunk_size & (chunk_size - 1) == 0
+        isinstance(chunk_size, int | np.integer) and chunk_size >= 16 and chunk_size & (chunk_size - 1) == 0
     ):
         raise ValueError(f"chunk_size must be a power of two >= 16 or None, got {chunk_size!r}")
+    check_scale(scale)
     _check_segments(segment_ids, num_segments, B, T)
     if initial_state is not None:
         check_float("initial_state", initial_state)
@@ -132,6 +134,12 @@ def check_call(
             check_shape("initial_state", initial_state, "B HV K V", (B, HV, K, V))
         else:
             check_shape("initial_state", initial_state, "B N HV K V", (B, num_segments, HV, K, V))
+
+
+def check_scale(scale: Any) -> None:
+    """The scale is a number, known when the call is traced."""
+    if scale is not None and not isinstance(scale, int | float | np.number):
+        raise TypeError(f"scale must be a static number or None, got {type(scale).__name__}")
 
 
 def check_segment_ids(segment_ids: Any, B: int, T: int) -> None:
@@ -145,7 +153,7 @@ def check_segment_ids(segment_ids: Any, B: int, T: int) -> None:
 
 def _check_segments(segment_ids: Any, num_segments: Any, B: int, T: int) -> None:
     if num_segments is not None:
-        if not isinstance(num_segments, int) or num_segments < 1:
+        if not isinstance(num_segments, int | np.integer) or num_segments < 1:
             raise ValueError(f"num_segments must be a static int >= 1 or None, got {num_segments!r}")
         if segment_ids is None:
             raise ValueError("num_segments needs segment_ids, got segment_ids=None")

@@ -184,8 +184,9 @@ def chunk_actions(tokens: Tokens, gate_kind: GateKind, precision: Precision) -> 
       tokens: chunked: q, k [n, b, H, C, K]; v [n, b, h, C, V]; beta [n, b, h, C, 1]; g None,
         [n, b, h, C, 1] (head) or [n, b, h, C, K] (channel).
       gate_kind: the gate's kind.
-      precision: of products whose errors do not build up. The inverse and what it multiplies always get
-        full precision: with repeated keys and beta near 2, T's terms of alternating sign cancel.
+      precision: of products whose errors do not build up. The inverse, what it multiplies and the K K^T of
+        ungated and per-head gates get full precision always: with repeated keys and beta near 2, T's terms
+        of alternating sign cancel.
     """
     q, k, v, g, beta = tokens
     group = v.shape[2] // k.shape[2]

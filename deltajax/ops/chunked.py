@@ -32,7 +32,7 @@ def _plan(inputs: Inputs, options: Options) -> _Plan:
     T = inputs.q.shape[1]
     size = options.chunk_size or DEFAULT_CHUNK_SIZE
     size = min(size, max(16, 1 << (T - 1).bit_length()))
-    # Half-precision inputs carry 8 to 11 bits: tf32 (GPU) or three bf16 passes (TPU) lose nothing they have.
+    # Beside half-precision inputs (8 to 11 bits), tf32 on GPUs and three bf16 passes on TPUs are precise.
     exact = all(x.dtype.itemsize >= 4 for x in (inputs.q, inputs.k, inputs.v))
     precision = lax.Precision.HIGHEST if exact else lax.Precision.HIGH
     resets = inputs.segment_ids is not None and options.num_segments is None
@@ -118,11 +118,11 @@ def _walk(
     return states, values, finals
 
 
-def _has(segment: Int[Array, "B"]) -> Array:
+def _has(segment: Int[Array, " B"]) -> Array:
     return (segment >= 0)[:, None, None, None]
 
 
-def _or_drop(segment: Int[Array, "B"], per_segment: Float[Array, "B N ..."]) -> Int[Array, "B"]:
+def _or_drop(segment: Int[Array, " B"], per_segment: Float[Array, "B N ..."]) -> Int[Array, " B"]:
     """The segment, or an index past the end where there is none."""
     return jnp.where(segment >= 0, segment, per_segment.shape[1])
 

@@ -22,10 +22,10 @@ Run = Callable[[Inputs, Options], tuple[Array, Array]]
 class _Ends(NamedTuple):
     """A device's place in its rows' segments."""
 
-    first: Int[Array, "B"]  # id of its first real token, 0 if it has none
-    last: Int[Array, "B"]  # id of its last real token, 0 if it has none
-    before: Int[Array, "B"]  # id of the last real token on earlier devices, 0 if there is none
-    continues: Bool[Array, "B"]  # its first tokens go on from the state that enters it
+    first: Int[Array, " B"]  # id of its first real token, 0 if it has none
+    last: Int[Array, " B"]  # id of its last real token, 0 if it has none
+    before: Int[Array, " B"]  # id of the last real token on earlier devices, 0 if there is none
+    continues: Bool[Array, " B"]  # its first tokens go on from the state that enters it
 
 
 def run(run_local: Run, inputs: Inputs, options: Options, axis_name: str) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ def short_convolution(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D W"],
     *,
-    bias: Float[Array, "D"] | None = None,
+    bias: Float[Array, " D"] | None = None,
     activation: Literal["silu"] | None = "silu",
     segment_ids: Int[Array, "B T"] | None = None,
     cache: Float[Array, "B W1 D"] | None = None,
@@ -26,11 +26,13 @@ def short_convolution(
       bias: [D] or None.
       activation: "silu" or None.
       segment_ids: integer [B, T]. No tap reaches from one segment into another; padding (id 0) outputs 0.
+        It stands between segments or at a row's ends: a tap does not skip over padding inside a segment
+        (it reads 0 there), and the returned cache would end at the last token before it.
       cache: [B, W - 1, D], the inputs just before ``x`` (those of the row's first segment), oldest first.
         Zeros if None.
 
     Returns:
-      y: [B, T, D] in x's dtype; the sum is in float32 (float64 if an input is).
+      y: [B, T, D] in x's dtype; the sum is in float32 (float64 if x or weight is).
       cache: [B, W - 1, D] in x's dtype: the last W - 1 inputs of the row's last segment, zeros where that
         segment is shorter; padding does not enter it.
 

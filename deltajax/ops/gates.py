@@ -21,14 +21,14 @@ class Gate:
       lower_bound: static float < 0 that bounds the log decay of one token from below, or None.
     """
 
-    A_log: Float[Array, "HV"]
-    dt_bias: Float[Array, "HV"] | Float[Array, "HV K"] | None = None
+    A_log: Float[Array, " HV"]
+    dt_bias: Float[Array, " HV"] | Float[Array, "HV K"] | None = None
     lower_bound: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def activate(
     x: Float[Array, "..."],
-    A_log: Float[Array, "HV"],
+    A_log: Float[Array, " HV"],
     dt_bias: Float[Array, "..."] | None,
     lower_bound: float | None,
     *,

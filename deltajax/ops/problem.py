@@ -20,8 +20,8 @@ class Inputs(NamedTuple):
     v: Float[Array, "B T HV V"]
     g: Float[Array, "B T HV"] | Float[Array, "B T HV K"] | None  # log decay, or raw when A_log is given
     beta: Float[Array, "B T HV"]
-    A_log: Float[Array, "HV"] | None
-    dt_bias: Float[Array, "HV"] | Float[Array, "HV K"] | None
+    A_log: Float[Array, " HV"] | None
+    dt_bias: Float[Array, " HV"] | Float[Array, "HV K"] | None
     initial_state: Float[Array, "B HV K V"] | Float[Array, "B N HV K V"] | None
     segment_ids: Int[Array, "B T"] | None
 

@@ -27,5 +27,5 @@ def resets(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 def runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """A number 1, 2, ... for each segment of a row in order of appearance; 0 for padding."""
-    count = jnp.cumsum(starts(segment_ids), axis=1, dtype=segment_ids.dtype)
+    count = jnp.cumsum(starts(segment_ids), axis=1, dtype=jnp.int32)
     return jnp.where(segment_ids != 0, count, 0)

@@ -1,5 +1,6 @@
 """One token of the recurrence, for decoding."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -41,7 +42,8 @@ def delta_rule_step(
       ValueError, TypeError: an argument's shape or dtype does not fit; the message names it.
     """
     kind = checks.check_step(state, q, k, v, beta, g, gate)
-    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in (state, q, k, v, beta)))
+    arrays = (state, q, k, v, beta, *jax.tree.leaves((g, gate)))
+    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
     o_dtype, state_dtype = v.dtype, state.dtype
     state, q, k, v, beta = (x.astype(dtype) for x in (state, q, k, v, beta))
     if normalize_qk:

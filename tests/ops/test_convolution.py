@@ -77,6 +77,14 @@ def test_the_cache_holds_the_last_segments_last_inputs_without_padding(rng):
     np.testing.assert_array_equal(cache[2], before[2])
 
 
+@pytest.mark.parametrize("dtype", (np.uint8, np.int8, np.int32))
+def test_many_segments_do_not_wrap_around_in_small_id_types(rng, dtype):
+    x, weight = draw(rng, 1, 600, 2), draw(rng, 2, 4)
+    ids = (1 + np.arange(600)[None] % 2).astype(dtype)  # 600 segments of one token
+    y, _ = short_convolution(x, weight, segment_ids=jnp.asarray(ids), activation=None)
+    np.testing.assert_allclose(y, x * weight[:, -1], atol=1e-6)
+
+
 def test_leading_padding_does_not_come_between_a_cache_and_its_sequence(rng):
     x, weight, before = draw(rng, 1, 4, 5), draw(rng, 5, 4), draw(rng, 1, 3, 5)
     padded = jnp.concatenate([draw(rng, 1, 3, 5), x], axis=1)

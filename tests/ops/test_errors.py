@@ -50,6 +50,7 @@ COMMON = {
     r"num_segments needs segment_ids": dict(num_segments=2),
     r"chunk_size must be a power of two >= 16 or None, got 48": dict(chunk_size=48),
     r"chunk_size must be a power of two >= 16 or None, got 8": dict(chunk_size=8),
+    r"scale must be a static number or None, got ndarray": dict(scale=np.ones(1, np.float32)),
     r"implementation must be .* got 'triton'": dict(implementation="triton"),
 }
 
