@@ -41,7 +41,8 @@ def command(*args: str | Path) -> list[str]:
 def environment(devices: int = 1, cache: Path | None = None) -> dict[str, str]:
     """Its environment: CPU devices, and a compilation cache where a test starts the same run repeatedly."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    flags = os.environ.get("XLA_FLAGS", "")  # compile as quickly as the tests themselves
+    env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
     if cache is not None:
         env |= {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
