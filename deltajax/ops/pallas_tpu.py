@@ -1,0 +1,139 @@
+"""The ops on TPUs: from a checked call to the kernels of `pallas_kernels.tpu`, and back."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from deltajax.ops import chunked, gates, packing, segments
+from deltajax.ops.problem import Inputs, Options
+from pallas_kernels.tpu import config as kernel_config
+from pallas_kernels.tpu import forward as kernel
+from pallas_kernels.tpu.config import Blocks, Config
+
+CHUNK = 64
+SIZES = (64, 128, 192, 256)
+
+
+def unsupported(inputs: Inputs, options: Options) -> str | None:
+    """Why the kernels cannot run a call, or None."""
+    K, V = inputs.q.shape[-1], inputs.v.shape[-1]
+    for name, size, sizes in (("K", K, SIZES), ("V", V, (*SIZES, 512))):
+        if size not in sizes:
+            return f"{name} must be one of {', '.join(map(str, sizes))}, got {size}"
+    for name in ("q", "k", "v", "g", "beta"):
+        x = getattr(inputs, name)
+        if x is not None and x.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{name} must be bfloat16 or float32, got {x.dtype}"
+    if options.chunk_size not in (None, CHUNK):
+        return f"chunk_size must be {CHUNK} or None, got {options.chunk_size}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call as the kernels take it."""
+
+    arrays: kernel.Refs
+    initial: Array | None  # [B, N, HV, K, V]
+    segments: kernel.Segments
+    N: int
+    blocks: Blocks
+    config: Config
+    layout: packing.Layout | None
+    present: Array | None  # [B, N] whether a segment has tokens
+
+
+def _log_decay(inputs: Inputs, options: Options) -> Array | None:
+    """A per-head gate's log decays in float32; a per-channel gate is activated in the kernel."""
+    if options.gate_kind != "head" or inputs.g is None:
+        return None
+    g = inputs.g.astype(jnp.float32)
+    if inputs.A_log is None:
+        return g
+    return gates.activate(g, inputs.A_log, inputs.dt_bias, options.lower_bound, per_channel=False)
+
+
+def _marks(segment_ids: Array, T: int, chunk: int) -> Float[Array, "B 4 T"]:
+    """real, run, seen, last of each token, see `pallas_kernels.tpu.chunk`; T is a multiple of the chunk."""
+    B, given = segment_ids.shape
+    ids = jnp.pad(segment_ids, ((0, 0), (0, T - given)))
+    run = jnp.cumsum(segments.resets(ids), axis=1)  # resets before or at the token
+    by_chunk = run.reshape(B, T // chunk, chunk)
+    leaving = by_chunk[:, :, -1]
+    entering = jnp.concatenate([jnp.zeros((B, 1), run.dtype), leaving[:, :-1]], axis=1)
+    seen = by_chunk == entering[:, :, None]
+    last = by_chunk == leaving[:, :, None]
+    rows = [ids != 0, run, seen.reshape(B, T), last.reshape(B, T)]
+    return jnp.stack([x.astype(jnp.float32) for x in rows], axis=1)
+
+
+def _call(inputs: Inputs, options: Options, interpret: bool) -> _Call:
+    B, T, H, K = inputs.q.shape
+    HV, V = inputs.v.shape[2:]
+    activation = None
+    if options.gate_kind == "channel" and inputs.A_log is not None:
+        activation = "softplus" if options.lower_bound is None else "bounded"
+    config = Config(
+        options.gate_kind, activation, options.lower_bound, options.scale, options.normalize_qk, CHUNK
+    )
+    dtype = jnp.result_type(inputs.q, inputs.k, inputs.v)
+    blocks = kernel_config.choose_blocks(T, H, HV, K, V, dtype, config, interpret)
+    q, k, v, beta = inputs.q, inputs.k, inputs.v, inputs.beta
+    g = _log_decay(inputs, options) if options.gate_kind == "head" else inputs.g
+    layout = present = marks = None
+    N = options.num_segments or 1
+    initial = inputs.initial_state
+    if options.num_segments is not None:
+        assert inputs.segment_ids is not None
+        blocks = dataclasses.replace(blocks, tokens=CHUNK)
+        layout = packing.layout(inputs.segment_ids, N, CHUNK)
+        q, k, v, g, beta = (None if x is None else packing.take(x, layout.source) for x in (q, k, v, g, beta))
+        real = layout.source < T
+        ones = jnp.ones_like(real)
+        marks = jnp.stack([real, ~ones, ones, ones], axis=1).astype(jnp.float32)
+        entry, exit_ = layout.entry.T, layout.exit.T  # [B, NC]
+        order = jnp.arange(entry.shape[1])
+        latest = jax.lax.cummax(jnp.where(entry >= 0, order, 0), axis=1)
+        index = jnp.maximum(jnp.take_along_axis(entry, latest, axis=1), 0)
+        parts = kernel.Segments(*(x.astype(jnp.int32) for x in (index, entry >= 0, exit_ >= 0)))
+        present = jnp.any(inputs.segment_ids[:, :, None] == jnp.arange(1, N + 1), axis=1)
+    else:
+        if T < blocks.tokens:  # a block must not be longer than its array
+            pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks.tokens - T)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
+            q, k, v, g, beta = (None if x is None else pad(x) for x in (q, k, v, g, beta))
+        n = -(-T // blocks.tokens)
+        parts = kernel.whole_rows(B, n)
+        if inputs.segment_ids is not None:
+            marks = _marks(inputs.segment_ids, n * blocks.tokens, CHUNK)
+        initial = None if initial is None else initial[:, None]
+    blocks = dataclasses.replace(blocks, T=T if layout is None else q.shape[1])
+    rate = dt_bias = None
+    if activation is not None:
+        rate = jnp.broadcast_to(jnp.exp(inputs.A_log.astype(jnp.float32))[:, None], (HV, K))
+        dt_bias = jnp.zeros((HV, K)) if inputs.dt_bias is None else inputs.dt_bias.astype(jnp.float32)
+    arrays = kernel.Refs(q, k, v, g, beta, rate, dt_bias, marks)
+    initial = None if initial is None else initial.astype(jnp.float32)
+    return _Call(arrays, initial, parts, N, blocks, config, layout, present)
+
+
+def _tokens(x: Array, call: _Call, T: int) -> Array:
+    """Undoes padding or alignment of [B, T', ...]."""
+    return x[:, :T] if call.layout is None else packing.take(x, call.layout.target)
+
+
+def forward(inputs: Inputs, options: Options, interpret: bool = False) -> tuple[Array, Array]:
+    """Outputs and final states by the kernel."""
+    T = inputs.q.shape[1]
+    call = _call(inputs, options, interpret)
+    o, final = kernel.forward(call.arrays, call.initial, call.segments, call.N, call.blocks, call.config)
+    if call.layout is None:
+        return _tokens(o, call, T), final[:, 0]
+    initial = 0.0 if call.initial is None else call.initial
+    return _tokens(o, call, T), jnp.where(call.present[:, :, None, None, None], final, initial)
+
+
+def backward(inputs: Inputs, options: Options, do: Array, dfinal: Array) -> Inputs:
+    """Gradients."""
+    return chunked.backward(inputs, options, do, dfinal)

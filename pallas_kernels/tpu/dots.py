@@ -1,0 +1,35 @@
+"""Matrix products as the TPU's matrix units run them: bfloat16 operands, float32 sums.
+
+Rounding is always written out (never left to a backend's default precision), so that interpret mode on a CPU
+computes what the chip computes.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Contracted dimensions of the two operands.
+NN = ((1,), (0,))  # x y
+NT = ((1,), (1,))  # x y^T
+TN = ((0,), (0,))  # x^T y
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """bfloat16 (high, low) with high + low = x to 2^-17 of x; low is 0 where x fits in bfloat16."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def bf16_dot(x: jax.Array, y: jax.Array, contract=NN) -> jax.Array:
+    """One pass: operands rounded to bfloat16, float32 result."""
+    return lax.dot_general(
+        x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), (contract, ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def dot(x: jax.Array, y: jax.Array, contract=NN, passes: int = 1) -> jax.Array:
+    """x y in one pass, or in three with errors near 2^-16 of the factors."""
+    if passes == 1:
+        return bf16_dot(x, y, contract)
+    (xh, xl), (yh, yl) = split(x), split(y)
+    return bf16_dot(xh, yh, contract) + (bf16_dot(xh, yl, contract) + bf16_dot(xl, yh, contract))

@@ -1,0 +1,164 @@
+"""What a chunk's tokens are to each other: decayed K K^T and Q K^T, a head's [C, C] beside the next in lanes.
+
+``exp(G_r - G_i) <= 1`` wherever it is used, but not its factors. They are taken about an *anchor*: across the border
+between two blocks both are at most 1; inside a block, about its middle, they stay within float32 while half a
+block's log decays sum to less than `SAFE` nats. Blocks that may decay more are halved, down to single tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tpu.config import Config
+from pallas_kernels.tpu.dots import NT, dot
+from pallas_kernels.tpu.inverse import iota
+from pallas_kernels.tpu.weave import Steps
+
+SAFE = 80.0  # nats: exp(+-80) and its products with keys are far from float32's and bfloat16's limits
+
+
+def middle_block(config: Config) -> int:
+    """Size of the largest blocks whose inside may be anchored at the middle; 1: none may."""
+    if config.activation != "bounded":
+        return 1
+    size = config.chunk
+    while size > 1 and -config.lower_bound * size / 2 > SAFE:
+        size //= 2
+    return size
+
+
+def beside(xs: list[jax.Array]) -> jax.Array:
+    """n arrays [m, D] -> [m, n D]."""
+    return xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1)
+
+
+def diagonal(xs: list[jax.Array]) -> jax.Array:
+    """n arrays [m, D] -> [n m, n D], block diagonal."""
+    if len(xs) == 1:
+        return xs[0]
+    zero = jnp.zeros_like(xs[0])
+    return jnp.concatenate([beside([x if i == j else zero for j in range(len(xs))]) for i, x in enumerate(xs)], axis=0)
+
+
+def relate(rows: list[jax.Array], columns: list[jax.Array], passes: int) -> jax.Array:
+    """rows columns^T of n heads side by side: n x [m, K], n x [C, K] -> [m, n C]."""
+    dtype = jnp.bfloat16 if passes == 1 else jnp.float32
+    rows, columns = [x.astype(dtype) for x in rows], [x.astype(dtype) for x in columns]
+    return dot(beside(rows), diagonal(columns), NT, passes)
+
+
+def stack(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[m, D], [m, D] -> [2 m, D]."""
+    return jnp.concatenate([a, b], axis=0)
+
+
+def block_rows(x: jax.Array, size: int, odd: int) -> jax.Array:
+    """Rows of the even (``odd`` = 0) or odd blocks of ``size``."""
+    starts = range(odd * size, x.shape[0], 2 * size)
+    parts = [x[s : s + size] for s in starts]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+
+def spread_rows(x: jax.Array, size: int, odd: int) -> jax.Array:
+    """The inverse of `block_rows`: [C / 2, D] -> [C, D] with zeros in the other blocks."""
+    parts = []
+    for s in range(0, x.shape[0], size):
+        block, zero = x[s : s + size], jnp.zeros_like(x[s : s + size])
+        parts += [zero, block] if odd else [block, zero]
+    return jnp.concatenate(parts, axis=0)
+
+
+def border(G: jax.Array, size: int) -> jax.Array:
+    """[C, K]: G at the last token of the even block of each token's pair of blocks of ``size``."""
+    C, K = G.shape
+    if size >= 8:
+        parts = [jnp.broadcast_to(G[s + size - 1 : s + size], (2 * size, K)) for s in range(0, C, 2 * size)]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+    rows = G.reshape(C // 8, 8, K)
+    row = iota(rows.shape, 1)
+    out = rows
+    for start in range(0, 8, 2 * size):
+        anchor = jnp.broadcast_to(rows[:, start + size - 1 : start + size], rows.shape)
+        out = jnp.where(row // (2 * size) == start // (2 * size), anchor, out)
+    return out.reshape(C, K)
+
+
+class Decays:
+    """A chunk's cumulative log2 decays of one head, and the factors that relate its tokens across each anchor."""
+
+    def __init__(self, G: jax.Array, config: Config):
+        self.G = G
+        self.middle = middle_block(config)
+        self.levels = [s for s in (1, 2, 4, 8, 16, 32, 64) if self.middle <= s < config.chunk]
+
+    def across(self, size: int) -> jax.Array:
+        """exp(-|G - border|): of odd blocks' rows since, of even blocks' rows until the border. All <= 1."""
+        return jnp.exp2(-jnp.abs(self.G - border(self.G, size)))
+
+    def inside(self) -> tuple[jax.Array, jax.Array]:
+        """exp(G - middle) and exp(middle - G) of each block of ``middle`` tokens."""
+        size = self.middle
+        middles = [
+            jnp.broadcast_to(self.G[s + size // 2 : s + size // 2 + 1], (size, self.G.shape[1]))
+            for s in range(0, self.G.shape[0], size)
+        ]
+        difference = self.G - (middles[0] if len(middles) == 1 else jnp.concatenate(middles, axis=0))
+        return jnp.exp2(difference), jnp.exp2(-difference)
+
+
+def meet_at(shape: tuple[int, int], C: int, size: int) -> jax.Array:
+    """Whether a [C, nC] entry's row lies in an odd block of ``size`` and its column in the even one before."""
+    row, column = iota(shape, 0), iota(shape, 1) % C
+    return (row // size == column // size + 1) & ((column // size) % 2 == 0)
+
+
+def channel_relations(
+    q: list[jax.Array], k: list[jax.Array], decays: list[Decays], C: int, passes: int, out: list
+) -> Steps:
+    """Decayed relations of a per-channel gate.
+
+    Args:
+      q, k: of each head [C, K] float32.
+      decays: of each head.
+      C: chunk size.
+      passes: of the products.
+      out: receives kk (rows after columns; elsewhere arbitrary, maybe not finite) and qk (the same, and its diagonal),
+        both [C, n C] float32.
+    """
+    n = len(q)
+    shape = (C, n * C)
+    kk = qk = None
+    if decays[0].middle > 1:
+        rows, columns = [], []
+        for q_h, k_h, d in zip(q, k, decays, strict=True):
+            since, until = d.inside()
+            rows.append(stack(k_h * since, q_h * since))
+            columns.append(k_h * until)
+            yield
+        product = relate(rows, columns, passes)
+        kk, qk = product[:C], product[C:]
+    else:
+        diag = [jnp.sum(q_h * k_h, axis=1, keepdims=True) for q_h, k_h in zip(q, k, strict=True)]
+        kk = jnp.zeros(shape, jnp.float32)
+        qk = beside([jnp.where(iota((C, C), 0) == iota((C, C), 1), x, 0.0) for x in diag])
+    yield
+    for size in decays[0].levels:
+        rows, columns = [], []
+        for q_h, k_h, d in zip(q, k, decays, strict=True):
+            factor = d.across(size)
+            k_d, q_d = k_h * factor, q_h * factor
+            if size >= 8:
+                rows.append(stack(block_rows(k_d, size, 1), block_rows(q_d, size, 1)))
+                columns.append(spread_rows(block_rows(k_d, size, 0), size, 0))
+            else:
+                rows.append(stack(k_d, q_d))
+                columns.append(k_d)
+            yield
+        product = relate(rows, columns, passes)
+        half = product.shape[0] // 2
+        kk_s, qk_s = product[:half], product[half:]
+        if size >= 8:
+            kk_s, qk_s = spread_rows(kk_s, size, 1), spread_rows(qk_s, size, 1)
+        here = meet_at(shape, C, size)
+        kk, qk = jnp.where(here, kk_s, kk), jnp.where(here, qk_s, qk)
+        yield
+    out += [kk, qk]
