@@ -1,0 +1,158 @@
+"""Checks and times the Hopper kernels.
+
+    python -m benchmarks.hopper --check            # every shared test case the kernels support
+    python -m benchmarks.hopper                    # the table, also as JSON with --json FILE
+
+Times are medians of device time, as in `benchmarks.op_times`: `elapsed` from the start of one queued run to
+the start of the next, `busy` the sum of the kernels alone.
+"""
+
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from benchmarks import problems
+from benchmarks.op_times import busy_ms, elapsed_ms, print_profile
+from deltajax.ops import dispatch, pallas_gpu
+from tests import cases
+
+KERNEL = dispatch.Kernel(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.unsupported)
+TOLERANCE = 5e-3
+
+FULL_WIDTH = [
+    cases.Case("none", T=1000, K=128, V=128, H=2, HV=4),
+    cases.Case("none", T=2048, K=128, V=128, H=2, HV=2, beta_max=2.0),
+    cases.Case("none", T=520, K=64, V=192, H=2, HV=2, keys="identical", beta_max=2.0, normalize=False),
+    cases.Case("head", T=1000, K=128, V=128, H=2, HV=4, decay="softplus"),
+    cases.Case("head", T=1000, K=128, V=128, H=2, HV=4, decay="slow", beta_max=2.0),
+    cases.Case("head", T=1000, K=128, V=128, B=2, H=2, HV=4, decay="slow", segments="packed"),
+    cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="bounded"),
+    cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="softplus"),
+    cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="slow", beta_max=2.0),
+    cases.Case("channel", T=1000, K=128, V=128, B=2, H=2, HV=4, decay="softplus", segments="packed"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    check: bool = False
+    """Check errors instead of timing."""
+    only: tuple[str, ...] = ("",)
+    """Only problems (or cases, with --check) whose name contains one of these."""
+    dtypes: tuple[str, ...] = ("bfloat16", "float16")
+    """Input types to check."""
+    repeats: int = 5
+    """With --check: runs that must agree bit by bit."""
+    shard: tuple[int, int] = (0, 1)
+    """With --check: i, n to take every n-th case from the i-th; compiling is slow, so run several at once."""
+    backward: bool = False
+    """Also time forward + backward."""
+    json: str | None = None
+    """File for the full numbers."""
+    profile: int = 0
+    """Print so many of the kernels that take longest."""
+
+    def selects(self, x) -> bool:
+        return any(part in str(x) for part in self.only)
+
+
+def scan_float64(case: cases.Case, x: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(o, final_state) of the recurrence in float64 on the CPU."""
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        wide = {n: jnp.asarray(a if n == "segment_ids" else np.asarray(a, np.float64)) for n, a in x.items()}
+        return jax.device_get(jax.jit(lambda x: cases.call(case, x, "scan"))(wide))
+
+
+def check(options: Options) -> bool:
+    """Errors against the float64 recurrence on the same inputs, and equal bits on repeated runs."""
+    seed = int(time.time())
+    ok, worst, refused = True, {}, 0
+    start, step = options.shard
+    for case in [c for c in [*cases.CASES, *FULL_WIDTH] if options.selects(c)][start::step]:
+        for dtype in options.dtypes:
+            x = cases.arrays(case, jnp.dtype(dtype), seed)
+            run = jax.jit(lambda x, case=case: cases.call(case, x, "pallas"))
+            device = jax.tree.map(jnp.asarray, x)
+            try:
+                got = jax.device_get(run(device))
+            except NotImplementedError:
+                refused += 1
+                continue
+            same = all(
+                np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True)
+                for _ in range(options.repeats)
+                for a, b in zip(got, run(device), strict=True)
+            )
+            errors = [cases.relative_error(a, b) for a, b in zip(got, scan_float64(case, x), strict=True)]
+            for name, e in zip(("o", "state"), errors, strict=True):
+                key = (case.gate, dtype, name)
+                worst[key] = max(worst.get(key, (0.0, "")), (e if e == e else float("inf"), str(case)))
+            if not (same and max(errors) < TOLERANCE):
+                ok = False
+                print(f"FAIL {dtype} {case}: o {errors[0]:.1e} state {errors[1]:.1e} same={same}", flush=True)
+    for key, (e, name) in sorted(worst.items()):
+        print(f"worst {' '.join(key):24s} {e:.1e}  {name}")
+    print(f"check: {'ok' if ok else 'FAILED'}, seed {seed}, {refused} runs refused, {card()}")
+    return ok
+
+
+def card() -> str:
+    return jax.devices()[0].device_kind
+
+
+def main(options: Options) -> int:
+    """Runs the check or the table."""
+    dispatch.PALLAS = {"cuda": KERNEL}
+    if options.check:
+        return 0 if check(options) else 1
+    rows = []
+    for p in problems.PROBLEMS:
+        if not options.selects(p):
+            continue
+        args, do = problems.arguments(p, jax.random.key(int(time.time())))
+        f = problems.function(p, "pallas")
+
+        def both(do, *args, f=f):
+            o, pull = jax.vjp(f, *args)
+            return o, pull(do)
+
+        runs = {"fwd": (f, args)} | ({"fwd_bwd": (both, (do, *args))} if options.backward else {})
+        row = {"problem": str(p), "card": card(), "rival": problems.RIVALS.get(str(p))}
+        for name, (fn, xs) in runs.items():
+            try:
+                compiled = jax.jit(fn).lower(*xs).compile()
+            except NotImplementedError as e:
+                print(f"{p}: {e}")
+                continue
+            row[name], row[name + "_busy"] = elapsed_ms(compiled, xs), busy_ms(jax.jit(fn), xs)
+            row[name + "_temp_mib"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
+            if options.profile:
+                print(p)
+                print_profile(jax.jit(fn), xs, options.profile)
+        rows.append(row)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(rows, file, indent=1)
+    print(
+        f"{card()}, jax {jax.__version__}, milliseconds; FLA and FlashKDA measured 2026-11-24 on an H100 80GB"
+    )
+    for row in rows:
+        text = f"{row['problem']:24s}"
+        for name in ("fwd", "fwd_bwd"):
+            if name in row:
+                text += f"  {name} {row[name]:.3f} busy {row[name + '_busy']:.3f}"
+                text += f" ({row[name + '_temp_mib']:.0f} MiB)"
+        fla, fla_both, flash = (f"{x:.2f}" if x else "-" for x in row["rival"] or (None,) * 3)
+        print(text + f"  FLA {fla} / {fla_both}  FlashKDA {flash}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))

@@ -1,0 +1,149 @@
+"""Chunk-parallel half of the op without a gate or with a per-head gate: what tokens of a chunk do to each other.
+
+One chunk per block: relation matrices K K^T and Q K^T with their decays, the triangular inverse, and the
+per-token factors that the recurrence multiplies with. q and k stay unnormalised in memory; their norms are
+folded into these factors.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.inverse import unit_lower_inverse
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, iota, product, rows, tile
+
+# Rows of the per-token factors.
+VALUE, READ, OUT, KEEP, DECAY = range(5)
+NUM_FACTORS = 5
+
+
+def head_relations(
+    q: jax.Array, k: jax.Array, tokens: jax.Array, *, gated: bool, normalize: bool, scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Relations within every chunk of 64 tokens.
+
+    With n = rsqrt(|k|^2 + 1e-6) (1 unless ``normalize``), m likewise for q, G the chunk's inclusive sum of
+    log decays:
+
+        A[r, i] = beta_r n_r n_i (k_r . k_i) exp(G_r - G_i)     i < r
+        inverse = Diag(n) ((I + A)^-1 - I) Diag(1 / n)          acts on values scaled by n
+        p[r, i] = scale m_r (q_r . k_i) exp(G_r - G_i)          i <= r
+        factors = beta n, beta n^2 exp(G), scale m exp(G), exp(G_end - G), exp(G_end)
+
+    Args:
+      q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64 or 128.
+      tokens: [B, HV, NC, 2, 64] float32, beta and log decay (in -100..0) of each token; zeros past T.
+      gated: whether there is a decay.
+      normalize: whether q and k are to be L2-normalised.
+      scale: multiplies q.
+
+    Returns:
+      inverse and p [B, HV, NC, 64, 64] in q's dtype, factors [B, HV, NC, 5, 64] float32.
+    """
+    _, _, H, K = q.shape
+    B, HV, NC = tokens.shape[:3]
+    square = jax.ShapeDtypeStruct((B, HV, NC, CHUNK, CHUNK), q.dtype)
+    kernel = plgpu.kernel(
+        partial(_body, group=HV // H, gated=gated, normalize=normalize, scale=scale),
+        out_type=(square, square, jax.ShapeDtypeStruct((B, HV, NC, NUM_FACTORS, CHUNK), jnp.float32)),
+        scratch_types=dict(
+            q_tile=tile((CHUNK, K), q.dtype),
+            k_tile=tile((CHUNK, K), q.dtype),
+            a_tile=tile((CHUNK, CHUNK), jnp.float16),
+            x_tile=tile((CHUNK, CHUNK), jnp.float16),
+            p_tile=tile((CHUNK, CHUNK), q.dtype),
+            t_tile=tile((CHUNK, CHUNK), q.dtype),
+            token_tile=plgpu.SMEM((2, CHUNK), jnp.float32),
+            factor_tile=plgpu.SMEM((NUM_FACTORS, CHUNK), jnp.float32),
+            norm_tile=plgpu.SMEM((CHUNK,), jnp.float32),
+            sum_tile=plgpu.SMEM((CHUNK,), jnp.float32),
+            loaded=plgpu.Barrier(num_arrivals=3),
+        ),
+        grid=(NC, HV, B),
+        grid_names=("chunk", "head", "batch"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    return kernel(q, k, tokens)
+
+
+def _body(
+    q_ref,
+    k_ref,
+    tokens_ref,
+    inverse_ref,
+    p_ref,
+    factors_ref,
+    *,
+    q_tile,
+    k_tile,
+    a_tile,
+    x_tile,
+    p_tile,
+    t_tile,
+    token_tile,
+    factor_tile,
+    norm_tile,
+    sum_tile,
+    loaded,
+    group,
+    gated,
+    normalize,
+    scale,
+):
+    c, h, b = (lax.axis_index(name) for name in ("chunk", "head", "batch"))
+    here = pl.ds(c * CHUNK, CHUNK)
+    square = (CHUNK, CHUNK)
+    plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile, loaded)
+    plgpu.copy_gmem_to_smem(k_ref.at[b, here, h // group], k_tile, loaded)
+    plgpu.copy_gmem_to_smem(q_ref.at[b, here, h // group], q_tile, loaded)
+    plgpu.barrier_wait(loaded)
+
+    beta = plgpu.load(token_tile.at[0], layout=ROW)  # [64]
+    row, column = iota(0), iota(1)
+
+    def inverse_norm(x_tile):
+        x = plgpu.load(x_tile, layout=L).astype(jnp.float32)  # [64, K]
+        return lax.rsqrt((x * x).sum(axis=1) + 1e-6)
+
+    if normalize:
+        n, m = inverse_norm(k_tile), inverse_norm(q_tile) * scale  # [64]
+    else:
+        n, m = constant(1.0, ROW), constant(scale, ROW)
+    norm_tile[...] = n
+    if gated:
+        g = plgpu.load(token_tile.at[1], layout=COLUMN)
+        G = jnp.where(column <= row, columns(g, square), 0.0).sum(axis=1)  # [64]
+        end = jnp.where(column >= 0, columns(g, square), 0.0).sum(axis=1)  # [64], all G_end
+        sum_tile[...] = G
+        decay, keep, total = jnp.exp(G), jnp.exp(end - G), jnp.exp(end)
+    else:
+        decay = keep = total = constant(1.0, ROW)
+    factor_tile[VALUE] = beta * n
+    factor_tile[READ] = beta * n * n * decay
+    factor_tile[OUT] = m * decay
+    factor_tile[KEEP] = keep
+    factor_tile[DECAY] = total
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(factor_tile, factors_ref.at[b, h, c])
+
+    n_column = plgpu.load(norm_tile, layout=COLUMN)
+    if gated:
+        between = jnp.exp(rows(G, square) - columns(plgpu.load(sum_tile, layout=COLUMN), square))
+    qk = product(CHUNK, (q_tile, k_tile.transpose((1, 0)))) * rows(m, square)
+    qk = jnp.where(column <= row, qk * between if gated else qk, 0.0)
+    p_tile[...] = qk.astype(p_tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(p_tile, p_ref.at[b, h, c])
+
+    kk = product(CHUNK, (k_tile, k_tile.transpose((1, 0)))) * rows(beta * n, square)
+    a = jnp.where(column < row, (kk * between if gated else kk) * columns(n_column, square), 0.0)
+    x = unit_lower_inverse(a, a_tile, x_tile)
+    x = jnp.where(column < row, x * rows(n, square), 0.0) / columns(n_column, square)
+    t_tile[...] = x.astype(t_tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(t_tile, inverse_ref.at[b, h, c])
+    plgpu.wait_smem_to_gmem(0)
