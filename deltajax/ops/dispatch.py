@@ -6,7 +6,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
@@ -21,17 +23,23 @@ class Kernel:
 
     Attributes:
       forward: inputs -> (o, final_state).
-      backward: inputs, gradients of o and of final_state -> gradients of the inputs (an `Inputs` with None
-        for the absent and the integer ones). Nothing else is kept between the two: which platform's branch
-        runs is known only at lowering, after the residuals' shapes are fixed.
+      backward: inputs, gradients of o and of final_state, then what ``saving`` kept -> gradients of the
+        inputs (an `Inputs` with None for the absent and the integer ones).
       unsupported: why a call cannot run here, or None if it can.
+      saving: inputs -> (o, final_state, arrays kept for ``backward``), the forward half when it will be
+        differentiated; None: ``forward``, keeping nothing. Which platform's branch runs is known only at
+        lowering, after the residuals' shapes are fixed, so the other platforms carry unused zeros.
     """
 
     forward: Callable[[Inputs, Options], tuple[Array, Array]]
-    backward: Callable[[Inputs, Options, Array, Array], Inputs]
+    backward: Callable[..., Inputs]
     unsupported: Callable[[Inputs, Options], str | None]
+    saving: Callable[[Inputs, Options], tuple[Array, Array, tuple[Array, ...]]] | None = None
 
 
+# Name (of `jax.ad_checkpoint.checkpoint_name`) of what kernels save for their backward halves: a remat policy may
+# save it, or leave it out and pay a second forward pass.
+SAVED = "delta_rule_saved"
 # Lowering platform ("tpu", "cuda") -> its Pallas kernels.
 PALLAS: Mapping[str, Kernel] = {}
 
@@ -72,11 +80,14 @@ def _op(inputs: Inputs, options: Options, platforms: tuple[str, ...], fall_back:
 
 
 def _op_fwd(inputs, options, platforms, fall_back):
-    return _op(inputs, options, platforms, fall_back), inputs
+    o, final, saved = _by_platform("saving", platforms, fall_back, options, inputs)
+    saved = jax.tree.map(lambda x: checkpoint_name(x, SAVED), saved)
+    return (o, final), (inputs, saved)
 
 
-def _op_bwd(options, platforms, fall_back, inputs, cotangents):
-    return (_by_platform("backward", platforms, fall_back, options, inputs, *cotangents),)
+def _op_bwd(options, platforms, fall_back, residuals, cotangents):
+    inputs, saved = residuals
+    return (_by_platform("backward", platforms, fall_back, options, inputs, *cotangents, saved),)
 
 
 _op.defvjp(_op_fwd, _op_bwd)
@@ -84,19 +95,45 @@ _op.defvjp(_op_fwd, _op_bwd)
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))  # one program also for a caller outside jit
 def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options: Options, inputs, *args):
-    def bind(fn):
-        return lambda inputs, *args: fn(inputs, options, *args)
+    kept = {}  # platform -> shapes of what it saves
+    if half == "saving":
+        kept = {p: _saved_shapes(PALLAS[p], inputs, options) for p in platforms}
 
-    default = bind(getattr(chunked, half))
+    def branch(platform: str | None):
+        kernel = PALLAS[platform] if platform else None
+
+        def run(inputs, *args):
+            if half == "forward":
+                return (kernel or chunked).forward(inputs, options)
+            if half == "backward":
+                *cotangents, saved = args
+                own = saved[platform] if platform else ()
+                return (kernel or chunked).backward(inputs, options, *cotangents, *own)
+            own = ()
+            if kernel and kernel.saving:
+                o, final, own = kernel.saving(inputs, options)
+            else:
+                o, final = (kernel or chunked).forward(inputs, options)
+            zeros = lambda x: vary_alike(jnp.zeros(x.shape, x.dtype), inputs.q)[0]  # noqa: E731
+            return o, final, {p: own if p == platform else jax.tree.map(zeros, kept[p]) for p in platforms}
+
+        return run
+
     if not platforms:
-        return default(inputs, *args)
+        return branch(None)(inputs, *args)
+    default = branch(None)
     if not fall_back:
         message = f"implementation='pallas' has a kernel for this call on {', '.join(platforms)} only"
-        default = lambda inputs, *args: bind(getattr(chunked, half))(  # noqa: E731
+        default = lambda inputs, *args: branch(None)(  # noqa: E731
             inputs._replace(q=_refuse.bind(inputs.q, message=message)), *args
         )
-    branches = {p: bind(getattr(PALLAS[p], half)) for p in platforms}
-    return lax.platform_dependent(inputs, *args, default=default, **branches)
+    return lax.platform_dependent(inputs, *args, default=default, **{p: branch(p) for p in platforms})
+
+
+def _saved_shapes(kernel: Kernel, inputs: Inputs, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
+    if kernel.saving is None:
+        return ()
+    return jax.eval_shape(lambda inputs: kernel.saving(inputs, options)[2], inputs)
 
 
 # The identity, except that lowering it is an error: a branch for platforms that must not be lowered for.

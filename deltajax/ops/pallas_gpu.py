@@ -7,10 +7,9 @@ from jaxtyping import Array, Float
 from deltajax.ops import chunked, gates, segments
 from deltajax.ops.problem import Inputs, Options
 from pallas_kernels.gpu import delta_rule
+from pallas_kernels.gpu.channel_relations import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
 from pallas_kernels.gpu.tiles import CHUNK
 
-# exp of it is 0 in float32 beside any other term, and a chunk's sum of 64 keeps three digits of its exponent.
-MIN_LOG_DECAY = -100.0
 HEAD_SIZES = (64, 128)
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -28,8 +27,6 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
         return "num_segments is not supported, only segment_ids that reset the state"
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size is {CHUNK}, got {options.chunk_size}"
-    if options.gate_kind == "channel":
-        return "per-channel gates are not supported yet"
     return None
 
 
@@ -37,30 +34,45 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
     """Outputs and final state; see `unsupported` for what it takes."""
     q, k, v = inputs.q, inputs.k, inputs.v
     T, V, K = v.shape[1], v.shape[-1], q.shape[-1]
-    beta = inputs.beta.astype(jnp.float32)  # [B, T, HV]
-    g = _log_decay(inputs, options)
-    if inputs.segment_ids is not None:
-        real = inputs.segment_ids != 0
+    beta, ids = inputs.beta.astype(jnp.float32), inputs.segment_ids  # [B, T, HV], [B, T]
+    if ids is not None:  # padding must not reach a product, not even as NaN
 
         def keep(x):
-            return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0)
+            return jnp.where((ids != 0).reshape(ids.shape + (1,) * (x.ndim - 2)), x, 0)
 
         q, k, v, beta = keep(q), keep(k), keep(v), keep(beta)
-        reset = segments.resets(inputs.segment_ids)[..., None]  # [B, T, 1]
-        g = jnp.zeros_like(beta) if g is None else keep(g)
-        g = jnp.where(reset, MIN_LOG_DECAY, g)
+        reset = jnp.broadcast_to(segments.resets(ids)[..., None], beta.shape)
 
-    q, k, v = _pad(q, 8, HEAD_SIZES), _pad(k, 8, HEAD_SIZES), _pad(v, 8, None)
     state = inputs.initial_state
+    q, k, v = _pad(q, HEAD_SIZES), _pad(k, HEAD_SIZES), _pad(v, None)
     if state is not None:  # transposed, [B, HV, V, K]
-        state = jnp.pad(
-            state.astype(jnp.float32).mT,
-            ((0, 0), (0, 0), (0, v.shape[-1] - V), (0, q.shape[-1] - K)),
+        sizes = ((0, 0), (0, 0), (0, v.shape[-1] - V), (0, q.shape[-1] - K))
+        state = jnp.pad(state.astype(jnp.float32).mT, sizes)
+    common = dict(normalize=options.normalize_qk, scale=options.scale)
+    if options.gate_kind == "channel":
+        kind = jnp.full(beta.shape, PRESENT)
+        if ids is not None:
+            kind = jnp.where(reset, RESET, jnp.where((ids != 0)[..., None], PRESENT, ABSENT))
+        g, gate = _pad(inputs.g, HEAD_SIZES), _gate(inputs, q.shape[-1])
+        o, state = delta_rule.channel_forward(
+            q, k, v, beta, g, kind, gate, state, lower_bound=options.lower_bound, **common
         )
-    o, state = delta_rule.forward(
-        q, k, v, beta, g, state, normalize=options.normalize_qk, scale=options.scale
-    )
+    else:
+        g = _log_decay(inputs, options)
+        if ids is not None:
+            g = jnp.where(reset, MIN_LOG_DECAY, jnp.zeros_like(beta) if g is None else keep(g))
+        o, state = delta_rule.head_forward(q, k, v, beta, g, state, **common)
     return o[:, :T, :, :V], state[:, :, :V, :K].mT
+
+
+def _gate(inputs: Inputs, K: int) -> Array | None:
+    """[HV, 2, K] float32: exp(A_log) and dt_bias of each value head's channels."""
+    if inputs.A_log is None:
+        return None
+    rate = jnp.exp(inputs.A_log.astype(jnp.float32))[:, None]  # [HV, 1]
+    bias = jnp.zeros_like(rate) if inputs.dt_bias is None else inputs.dt_bias.astype(jnp.float32)
+    bias = jnp.pad(bias, ((0, 0), (0, K - bias.shape[1]))) if bias.shape[1] > 1 else bias
+    return jnp.stack([jnp.broadcast_to(x, (rate.shape[0], K)) for x in (rate, bias)], axis=1)
 
 
 def _log_decay(inputs: Inputs, options: Options) -> Array | None:
@@ -73,8 +85,8 @@ def _log_decay(inputs: Inputs, options: Options) -> Array | None:
     return jnp.maximum(g, MIN_LOG_DECAY)
 
 
-def _pad(x: jax.Array, multiple: int, sizes: tuple[int, ...] | None) -> jax.Array:
-    """[B, T, H, D] with zeros up to a multiple of T and up to one of the sizes (or a multiple of 64) of D."""
+def _pad(x: jax.Array, sizes: tuple[int, ...] | None) -> jax.Array:
+    """[B, T, H, D] with zeros up to 8 tokens' multiple, and up to one of the sizes (or 64's multiple) of D."""
     T, D = x.shape[1], x.shape[3]
     size = -(-D // 64) * 64 if sizes is None else min(s for s in sizes if s >= D)
-    return jnp.pad(x, ((0, 0), (0, -T % multiple), (0, 0), (0, size - D)))
+    return jnp.pad(x, ((0, 0), (0, -T % 8), (0, 0), (0, size - D)))

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltajax.ops import chunked, gates, packing, segments
+from deltajax.ops import gates, packing, segments
 from deltajax.ops.problem import Inputs, Options
+from pallas_kernels.tpu import backward as backward_kernel
 from pallas_kernels.tpu import config as kernel_config
 from pallas_kernels.tpu import forward as kernel
 from pallas_kernels.tpu.config import Blocks, Config
@@ -124,16 +125,84 @@ def _tokens(x: Array, call: _Call, T: int) -> Array:
 
 
 def forward(inputs: Inputs, options: Options, interpret: bool = False) -> tuple[Array, Array]:
-    """Outputs and final states by the kernel."""
+    """Outputs and final states."""
+    return _forward(inputs, options, False, interpret)[:2]
+
+
+def saving(inputs: Inputs, options: Options, interpret: bool = False) -> tuple[Array, Array, tuple]:
+    """Outputs, final states and what `backward` needs."""
+    return _forward(inputs, options, True, interpret)
+
+
+def _forward(inputs: Inputs, options: Options, save: bool, interpret: bool) -> tuple[Array, Array, tuple]:
     T = inputs.q.shape[1]
     call = _call(inputs, options, interpret)
-    o, final = kernel.forward(call.arrays, call.initial, call.segments, call.N, call.blocks, call.config)
+    o, final, saved = kernel.forward(
+        call.arrays, call.initial, call.segments, call.N, call.blocks, call.config, save
+    )
     if call.layout is None:
-        return _tokens(o, call, T), final[:, 0]
+        return _tokens(o, call, T), final[:, 0], tuple(saved or ())
     initial = 0.0 if call.initial is None else call.initial
-    return _tokens(o, call, T), jnp.where(call.present[:, :, None, None, None], final, initial)
+    final = jnp.where(call.present[:, :, None, None, None], final, initial)
+    return _tokens(o, call, T), final, tuple(saved or ())
 
 
-def backward(inputs: Inputs, options: Options, do: Array, dfinal: Array) -> Inputs:
-    """Gradients."""
-    return chunked.backward(inputs, options, do, dfinal)
+def backward(
+    inputs: Inputs,
+    options: Options,
+    do: Array,
+    dfinal: Array,
+    states: Array,
+    inverses: Array,
+    interpret: bool = False,
+) -> Inputs:
+    """Gradients of all float inputs, None for the others."""
+    T = inputs.q.shape[1]
+    call = _call(inputs, options, interpret)
+    dfinal = dfinal.astype(jnp.float32)
+    if call.layout is not None:
+        do = packing.take(do, call.layout.source)
+    else:
+        dfinal = dfinal[:, None]
+        do = jnp.pad(do, ((0, 0), (0, call.arrays.v.shape[1] - T), (0, 0), (0, 0)))
+    got = backward_kernel.backward(
+        call.arrays, kernel.Saved(states, inverses), do, dfinal, call.segments, call.N, call.blocks, call.config
+    )
+    tokens = lambda x, like: None if x is None else _tokens(x, call, T).astype(like.dtype)  # noqa: E731
+    real = None if inputs.segment_ids is None else inputs.segment_ids != 0
+    dA_log = ddt_bias = None
+    dg = got.g
+    if inputs.A_log is not None and options.gate_kind == "channel":
+        dA_log = jnp.sum(got.log_rate, axis=(0, 2)).astype(inputs.A_log.dtype)
+        if inputs.dt_bias is not None:
+            ddt_bias = jnp.sum(got.dt_bias, axis=0).astype(inputs.dt_bias.dtype)
+        dg = tokens(dg, inputs.g)
+    elif options.gate_kind == "head":
+        gated = Inputs(*[None] * len(Inputs._fields))._replace(
+            g=inputs.g, A_log=inputs.A_log, dt_bias=inputs.dt_bias
+        )
+        _, pull = jax.vjp(lambda x: _log_decay(x, options), gated)
+        dlog = _tokens(dg, call, T)
+        if real is not None:
+            dlog = jnp.where(real[:, :, None], dlog, 0.0)
+        pulled = pull(dlog)[0]
+        dg, dA_log, ddt_bias = pulled.g, pulled.A_log, pulled.dt_bias
+    else:
+        dg = tokens(dg, inputs.g)
+    dinitial = None
+    if inputs.initial_state is not None:
+        dinitial = got.state[:, 0] if call.layout is None else got.state
+        if call.layout is not None:
+            dinitial = jnp.where(call.present[:, :, None, None, None], dinitial, dfinal)
+        dinitial = dinitial.astype(inputs.initial_state.dtype)
+    return Inputs(
+        q=tokens(got.q, inputs.q),
+        k=tokens(got.k, inputs.k),
+        v=tokens(got.v, inputs.v),
+        g=dg,
+        beta=tokens(got.beta, inputs.beta),
+        A_log=dA_log,
+        dt_bias=ddt_bias,
+        initial_state=dinitial,
+        segment_ids=None,
+    )

@@ -4,7 +4,7 @@ A *unit* is one chunk of n neighbouring value heads (a pair where heads come in 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,8 @@ class Head:
 
     q: jax.Array  # normalised, times scale
     k: jax.Array
+    q_factor: Any  # what q and k were multiplied by: [C, 1], or a number
+    k_factor: Any
     G: jax.Array | None = None  # [C, K] or [C, 1]
     decays: Decays | None = None
 
@@ -83,14 +85,22 @@ class Unit:
     heads: list[Head] = dataclasses.field(default_factory=list)
     kk: jax.Array | None = None  # decayed K K^T, i < r
     p: jax.Array | None = None  # decayed Q K^T, i <= r
+    gamma: jax.Array | None = None  # decays of a per-head gate
     T: jax.Array | None = None  # (I + beta kk)^-1
 
 
-def normalized(x: jax.Array, scale: float, config: Config) -> jax.Array:
-    """x times scale, L2-normalised over its channels if asked."""
+def normalizer(x: jax.Array, scale: float, config: Config) -> Any:
+    """What x is multiplied by: scale and, if asked, the inverse of its length. [C, 1], or a number."""
     if config.normalize:
-        return x * (jax.lax.rsqrt(jnp.sum(x * x, axis=1, keepdims=True) + 1e-6) * scale)
-    return x if scale == 1.0 else x * scale
+        return jax.lax.rsqrt(jnp.sum(x * x, axis=1, keepdims=True) + 1e-6) * scale
+    return scale
+
+
+def normalized_gradient(dy: jax.Array, y: jax.Array, factor: Any, scale: float, config: Config) -> jax.Array:
+    """Pulls dy back through y = x * normalizer(x)."""
+    if config.normalize:
+        dy = dy - y * (jnp.sum(dy * y, axis=1, keepdims=True) * scale**-2)
+    return dy * factor
 
 
 def load_heads(refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blocks: Blocks, config: Config) -> Steps:
@@ -106,7 +116,9 @@ def load_heads(refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blo
     qs = tiles.load(refs.q, c * C, C, key_heads, blocks.interpret)
     ks = tiles.load(refs.k, c * C, C, key_heads, blocks.interpret)
     for h, q, k in zip(key_heads, qs, ks, strict=True):
-        loaded[h] = normalized(keep(q), config.scale, config), normalized(keep(k), 1.0, config)
+        q, k = keep(q), keep(k)
+        q_factor, k_factor = normalizer(q, config.scale, config), normalizer(k, 1.0, config)
+        loaded[h] = q * q_factor, k * k_factor, q_factor, k_factor
         yield
     unit.heads = [Head(*loaded[h // blocks.group]) for h in heads]
     if config.gate == "channel":
@@ -169,6 +181,7 @@ def solve(refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blocks: 
             difference = lane_columns(columns, heads, 0, C) - lane_rows(rows, heads, 0, C)
             gamma = jnp.exp2(jnp.where(inclusive, difference, 0.0))
             kk, p = kk * gamma, p * gamma
+            unit.gamma = gamma
             for j, head in enumerate(unit.heads):
                 head.G = columns[:, heads[j] : heads[j] + 1]
             yield

@@ -22,6 +22,10 @@ from pallas_kernels.tpu.relations import beside, diagonal, stack
 from pallas_kernels.tpu.weave import Steps, in_turn, staggered, together, weave
 
 
+TOGETHER = 4  # units prepared in lockstep
+RATIO = 5  # steps of preparation for each step of the recurrence
+
+
 class Scratch(NamedTuple):
     """Scratch memory: the running state and what is prepared for each unit (first axis)."""
 
@@ -47,7 +51,7 @@ def units_of(blocks: Blocks, config: Config) -> list[tuple[int, list[int]]]:
 def state_factors(
     unit: Unit, s: Scalars, c: int, blocks: Blocks, config: Config
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """Of each head (reads [2C, K], writes [C, K], keep [1, K])."""
+    """Of each head (reads [2C, K], or [C, K] without q; writes [C, K]; keep [1, K])."""
     C = config.chunk
     out = []
     for head in unit.heads:
@@ -84,14 +88,16 @@ def prepare(
     yield
 
 
-def invert(s: Scalars, u: int, c: int, heads: list[int], unit: Unit, scratch: Scratch, config: Config) -> Steps:
+def invert(s: Scalars, u: int, c: int, heads: list[int], unit: Unit, scratch: Scratch, saved, config) -> Steps:
     """Second stage: T beta into scratch."""
     yield from chunk.invert(s, heads, c, unit, config)
+    if saved is not None:
+        saved.inverses[0, heads[0] // len(heads), c] = unit.T
     scratch.m[u] = (unit.T * chunk.lane_rows(s.beta, heads, c, config.chunk)).astype(scratch.m.dtype)
 
 
 def recur(
-    refs: Refs, o_ref, u: int, c: int, heads: list[int], scratch: Scratch, blocks: Blocks, config: Config, real, done
+    refs: Refs, o_ref, saved, u: int, c: int, heads: list[int], scratch: Scratch, blocks, config, real, done
 ) -> Steps:
     """One unit's step of the recurrence: V' = T beta (V - K~ S), O = Q~ S + P V', S <- D S + Kbar^T V'."""
     C, n = config.chunk, len(heads)
@@ -104,6 +110,9 @@ def recur(
     if real is not None:
         v = [jnp.where(real[c * C : (c + 1) * C], x, 0.0) for x in v]
     states = [scratch.state[h] for h in heads]
+    if saved is not None:
+        for h, state in zip(heads, states, strict=True):
+            saved.states[0, h, c] = state.astype(saved.states.dtype)
     read = [dot(r, state, NT, blocks.passes) for r, state in zip(reads, states, strict=True)]  # [2C, V]
     yield
     rest = [x - r[:C] for x, r in zip(v, read, strict=True)]  # V - K~ S
@@ -132,12 +141,14 @@ def recur(
 
 
 def _kernel(
-    segment_ref, first_ref, last_ref, *args, fields: tuple[str, ...], blocks: Blocks, config: Config, initial: bool
+    segment_ref, first_ref, last_ref, *args, fields: tuple[str, ...], blocks: Blocks, config: Config, initial: bool, save: bool
 ):
     refs = Refs(**{**dict.fromkeys(Refs._fields), **dict(zip(fields, args[: len(fields)], strict=True))})
     rest = list(args[len(fields) :])
     initial_ref = rest.pop(0) if initial else None
-    (o_ref, final_ref), scratch = rest[:2], Scratch(*rest[2:])
+    o_ref, final_ref = rest[:2]
+    saved = Saved(*rest[2:4]) if save else None
+    scratch = Scratch(*rest[4 if save else 2 :])
     row, step, steps = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
     behind = jnp.maximum(step - 1, 0)  # the block of the recurrence
 
@@ -162,7 +173,7 @@ def _kernel(
     pairs = len(unit_heads(blocks))
     recurrence = in_turn(
         [
-            together([recur(refs, o_ref, u, *units[u], scratch, blocks, config, real, ready.add) for u in range(a, a + pairs)])
+            together([recur(refs, o_ref, saved, u, *units[u], scratch, blocks, config, real, ready.add) for u in range(a, a + pairs)])
             for a in range(0, len(units), pairs)
         ]
     )
@@ -172,21 +183,29 @@ def _kernel(
             next(recurrence)
 
     parts = [Unit() for _ in units]
+    prepared = [
+        prepare(refs, s, u, c, heads, parts[u], scratch, blocks, config, free) for u, (c, heads) in enumerate(units)
+    ]
+    inverted = [invert(s, u, c, heads, parts[u], scratch, saved, config) for u, (c, heads) in enumerate(units)]
     preparation = staggered(
         [
-            (
-                prepare(refs, s, u, c, heads, parts[u], scratch, blocks, config, free),
-                invert(s, u, c, heads, parts[u], scratch, config),
-            )
-            for u, (c, heads) in enumerate(units)
+            (together(prepared[a : a + TOGETHER]), together(inverted[a : a + TOGETHER]))
+            for a in range(0, len(units), TOGETHER)
         ]
     )
-    weave(preparation, recurrence, ratio=6)
+    weave(preparation, recurrence, ratio=RATIO)
 
     @pl.when((step > 0) & (last_ref[row, behind] != 0))
     def _leave():
         for h in range(blocks.heads):
             final_ref[0, 0, h] = scratch.state[h].T
+
+
+class Saved(NamedTuple):
+    """What the backward kernel needs beside the inputs."""
+
+    states: Any  # [B, HV, chunks, V, K]: S^T entering each chunk, as the products read it
+    inverses: Any  # [B, HV / n, chunks, C, n C] float32: T
 
 
 class Segments(NamedTuple):
@@ -210,8 +229,9 @@ def by_block(x: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 def forward(
-    arrays: Refs, initial_state: jax.Array | None, segments: Segments, N: int, blocks: Blocks, config: Config
-) -> tuple[jax.Array, jax.Array]:
+    arrays: Refs, initial_state: jax.Array | None, segments: Segments, N: int, blocks: Blocks, config: Config,
+    save: bool = False,
+) -> tuple[jax.Array, jax.Array, Saved | None]:
     """Outputs and final states.
 
     Args:
@@ -222,9 +242,11 @@ def forward(
       N: segments that have a state of their own in each row.
       blocks: sizes.
       config: the call.
+      save: whether to return what `backward` needs.
 
     Returns:
-      o [B, T, HV, V] in v's dtype; final states [B, N, HV, K, V] float32, defined where `segments` visits them.
+      o [B, T, HV, V] in v's dtype; final states [B, N, HV, K, V] float32, defined where `segments` visits them;
+      `Saved` or None.
     """
     B, T, HV, V = arrays.v.shape
     K, C, heads, tokens = blocks.K, config.chunk, blocks.heads, blocks.tokens
@@ -263,13 +285,26 @@ def forward(
     if initial_state is not None:
         inputs.append(initial_state)
         in_specs.append(state_block)
-    return pl.pallas_call(
-        functools.partial(_kernel, fields=fields, blocks=blocks, config=config, initial=initial_state is not None),
+    nc = tokens // C
+    saved_specs, saved_shapes = [], []
+    if save:
+        saved_specs = [
+            pl.BlockSpec((1, heads, nc, V, K), lambda b, h, t, *_: (b, h, behind(t), 0, 0)),
+            pl.BlockSpec((1, heads // n, nc, C, n * C), lambda b, h, t, *_: (b, h, now(t), 0, 0)),
+        ]
+        saved_shapes = [
+            jax.ShapeDtypeStruct((B, HV, steps * nc, V, K), work),
+            jax.ShapeDtypeStruct((B, HV // n, steps * nc, C, n * C), jnp.float32),
+        ]
+    results = pl.pallas_call(
+        functools.partial(
+            _kernel, fields=fields, blocks=blocks, config=config, initial=initial_state is not None, save=save
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, HV // heads, steps + 1),
             in_specs=in_specs,
-            out_specs=[token_block(V, heads, behind), state_block],
+            out_specs=[token_block(V, heads, behind), state_block, *saved_specs],
             scratch_shapes=[
                 pltpu.VMEM((heads, V, K), jnp.float32),
                 pltpu.VMEM((U, n, 2 * C, K), work),
@@ -282,8 +317,12 @@ def forward(
         out_shape=[
             jax.ShapeDtypeStruct((B, T, HV, V), arrays.v.dtype),
             jax.ShapeDtypeStruct((B, N, HV, K, V), jnp.float32),
+            *saved_shapes,
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+        ),
         interpret=pltpu.InterpretParams(out_of_bounds_reads="uninitialized") if blocks.interpret else False,
         name="delta_rule_forward",
     )(*segments, *inputs)
+    return results[0], results[1], Saved(*results[2:]) if save else None

@@ -35,6 +35,31 @@ def log2_decay(g: jax.Array, rate: jax.Array | None, dt_bias: jax.Array | None, 
     return jnp.maximum((rate * -LOG2E) * softplus, MIN_LOG_DECAY * LOG2E)
 
 
+def log2_decay_gradients(
+    g: jax.Array, dg: jax.Array, rate: jax.Array | None, dt_bias: jax.Array | None, config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """Pulls the gradient of the log decay (in nats) back through `log2_decay`.
+
+    Args:
+      g, rate, dt_bias, config: as there.
+      dg: [C, K], gradient of the log decay.
+
+    Returns:
+      the gradient of g, and that of log(rate) before it is summed over tokens and channels, both [C, K].
+    """
+    if config.activation is None:
+        return jnp.where(g > MIN_LOG_DECAY, dg, 0.0), dg
+    x = g + dt_bias
+    if config.activation == "bounded":
+        s = jax.nn.sigmoid(rate * x)
+        dx = dg * (config.lower_bound * s * (1 - s) * rate)
+        return dx, dx * x
+    softplus = jnp.maximum(x, 0.0) + log1p_small(jnp.exp2(jnp.abs(x) * -LOG2E))
+    decay = -rate * softplus
+    dg = jnp.where(decay > MIN_LOG_DECAY, dg, 0.0)
+    return dg * (-rate * jax.nn.sigmoid(x)), dg * decay
+
+
 def cumulative(g: jax.Array, tril_twice: jax.Array) -> jax.Array:
     """Sum of g from the chunk's first token through each: [C, K], good to 2^-17 of each token's g.
 

@@ -5,11 +5,13 @@ between two blocks both are at most 1; inside a block, about its middle, they st
 block's log decays sum to less than `SAFE` nats. Blocks that may decay more are halved, down to single tokens.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.config import Config
-from pallas_kernels.tpu.dots import NT, dot
+from pallas_kernels.tpu.dots import NN, NT, dot
 from pallas_kernels.tpu.inverse import iota
 from pallas_kernels.tpu.weave import Steps
 
@@ -162,3 +164,88 @@ def channel_relations(
         kk, qk = jnp.where(here, kk_s, kk), jnp.where(here, qk_s, qk)
         yield
     out += [kk, qk]
+
+
+class RelationGradients(NamedTuple):
+    """Of each head [C, K] float32, or of the log2 decays' cumulative sums in nats: [C, K]."""
+
+    q: list[jax.Array]
+    k: list[jax.Array]
+    G: list[jax.Array]
+
+
+def channel_relation_gradients(
+    q: list[jax.Array],
+    k: list[jax.Array],
+    decays: list[Decays],
+    dkk: jax.Array,
+    dqk: jax.Array,
+    C: int,
+    passes: int,
+    out: RelationGradients,
+) -> Steps:
+    """Pulls gradients of `channel_relations` back to q, k and G.
+
+    With rows x_r = x exp(G_r - anchor) and columns y_i = k exp(anchor - G_i), each anchor's products are x y^T: plain
+    products, pulled back as such. dG_r gains x_r dx_r and dG_i loses y_i dy_i, both with the operands as they were
+    rounded, so that what cancels in a sum over tokens cancels exactly; the anchor's own share is zero.
+
+    Args:
+      q, k, decays: as there.
+      dkk, dqk: [C, n C], zero where `channel_relations` leaves arbitrary entries.
+      C: chunk size.
+      passes: of the products.
+      out: lists to receive each head's gradients.
+    """
+    work = jnp.bfloat16 if passes == 1 else jnp.float32
+    heads = range(len(q))
+    K = q[0].shape[1]
+    dq: list[Any] = [0.0 for _ in heads]
+    dk: list[Any] = [0.0 for _ in heads]
+    dG: list[Any] = [0.0 for _ in heads]
+    middle = decays[0].middle
+    row, column = iota(dkk.shape, 0), iota(dkk.shape, 1) % C
+    anchors = ([0] if middle > 1 else []) + decays[0].levels  # 0: inside the middle-anchored blocks
+    for size in anchors:
+        sliced = size >= 8
+        here = meet_at(dkk.shape, C, size) if size else row // middle == column // middle
+        a, b = jnp.where(here, dkk, 0.0), jnp.where(here, dqk, 0.0)
+        if sliced:
+            a, b = block_rows(a, size, 1), block_rows(b, size, 1)
+        d = stack(a, b).astype(work)  # [2C or C, nC]
+        factors, rows, columns = [], [], []
+        for h in heads:
+            since, until = decays[h].inside() if not size else [decays[h].across(size)] * 2
+            k_rows, q_rows, k_columns = k[h] * since, q[h] * since, k[h] * until
+            if sliced:
+                k_rows, q_rows = block_rows(k_rows, size, 1), block_rows(q_rows, size, 1)
+                k_columns = spread_rows(block_rows(k_columns, size, 0), size, 0)
+            factors.append((since, until))
+            rows.append(stack(k_rows, q_rows).astype(work))
+            columns.append(k_columns.astype(work))
+            yield
+        drows = dot(d, diagonal(columns), NN, passes)  # [2C or C, nK]
+        turned = d.T  # [nC, 2C or C]
+        dcolumns = [dot(turned[h * C : (h + 1) * C], rows[h], NN, passes) for h in heads]  # [C, K]
+        yield
+        for h in heads:
+            x = drows[:, h * K : (h + 1) * K]
+            half = x.shape[0] // 2
+            own = x * rows[h].astype(jnp.float32)
+            dk_rows, dq_rows, own = x[:half], x[half:], own[:half] + own[half:]
+            if sliced:
+                dk_rows, dq_rows, own = (spread_rows(y, size, 1) for y in (dk_rows, dq_rows, own))
+            since, until = factors[h]
+            dq[h] += dq_rows * since
+            dk[h] += dk_rows * since + dcolumns[h] * until
+            dG[h] += own - dcolumns[h] * columns[h].astype(jnp.float32)
+            yield
+    if middle == 1:  # q_r k_r on the diagonal, undecayed
+        for h in heads:
+            same = jnp.sum(jnp.where((row == column) & (iota(dqk.shape, 1) // C == h), dqk, 0.0), axis=1, keepdims=True)
+            dq[h] += same * k[h]
+            dk[h] += same * q[h]
+    out.q.extend(dq)
+    out.k.extend(dk)
+    out.G.extend(dG)
+    yield
