@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
-from deltajax.ops import chunked, scan
+from deltajax.ops import chunked, pallas_tpu, scan
 from deltajax.ops.problem import Inputs, Options, vary_alike
 
 
@@ -41,7 +41,9 @@ class Kernel:
 # save it, or leave it out and pay a second forward pass.
 SAVED = "delta_rule_saved"
 # Lowering platform ("tpu", "cuda") -> its Pallas kernels.
-PALLAS: Mapping[str, Kernel] = {}
+PALLAS: Mapping[str, Kernel] = {
+    "tpu": Kernel(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.unsupported, pallas_tpu.saving),
+}
 
 
 def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[Array, Array]:

@@ -86,7 +86,7 @@ def _log_decay(inputs: Inputs, options: Options) -> Array | None:
 
 
 def _pad(x: jax.Array, sizes: tuple[int, ...] | None) -> jax.Array:
-    """[B, T, H, D] with zeros up to 8 tokens' multiple, and up to one of the sizes (or 64's multiple) of D."""
+    """[B, T, H, D] with zeros up to a multiple of 8 of T and one of the sizes (or a multiple of 64) of D."""
     T, D = x.shape[1], x.shape[3]
     size = -(-D // 64) * 64 if sizes is None else min(s for s in sizes if s >= D)
     return jnp.pad(x, ((0, 0), (0, -T % 8), (0, 0), (0, size - D)))

@@ -30,7 +30,8 @@ from pallas_kernels.tpu.relations import (
     beside,
     channel_relation_gradients,
     diagonal,
-    relate,
+    relate_split,
+    relations_pulled,
     stack,
 )
 from pallas_kernels.tpu.weave import Steps, staggered, together
@@ -128,8 +129,8 @@ class Backward:
         turned = w.unit.p.astype(self.work).T  # [nC, C]
         w.dV = [dot(turned[j * C : (j + 1) * C], x, NN, passes) for j, x in enumerate(do)]
         yield
-        w.V = [values[:, j * blocks.V : (j + 1) * blocks.V].astype(self.work) for j in range(len(heads))]
-        w.dP = relate(do, w.V, passes)
+        w.V = [values[:, j * blocks.V : (j + 1) * blocks.V] for j in range(len(heads))]
+        w.dP = relate_split(do, w.V, passes)
         w.dO = [x.astype(self.work) for x in do]
         yield
 
@@ -166,7 +167,7 @@ class Backward:
             same = chunk.lane_columns(s.mark_columns, [RUN] * n, c, C) == beside([runs] * n)
             strict, inclusive = strict & same, inclusive & same
         tiles.store(self.out.v, c * C, heads, w.dR, blocks.interpret)
-        dA = jnp.where(strict, -relate(w.dY, w.V, passes), 0.0)
+        dA = jnp.where(strict, -relate_split(w.dY, w.V, passes), 0.0)
         dP = jnp.where(inclusive, w.dP, 0.0)
         yield
         dkk = dA * chunk.lane_columns(s.beta_columns, heads, c, C)
@@ -206,13 +207,13 @@ class Backward:
                 both = dkk * w.unit.kk + dP * w.unit.p  # gradient of G_r - G_i
                 yield from self.head_gate(heads, c, both, dG, dtotal)
                 dkk, dP = dkk * w.unit.gamma, dP * w.unit.gamma
-            d = stack(dkk, dP).astype(self.work)
-            drows = dot(d, diagonal([x.k.astype(self.work) for x in w.unit.heads]), NN, passes)
-            turned = d.T
-            for j, head in enumerate(w.unit.heads):
+            rows = [stack(x.k, x.q).astype(self.work) for x in w.unit.heads]
+            columns = [x.k.astype(self.work) for x in w.unit.heads]
+            drows, dcolumns = relations_pulled(stack(dkk, dP), rows, columns, C, passes)
+            for j in range(n):
                 x = drows[:, j * blocks.K : (j + 1) * blocks.K]
                 dq[j] = dq[j] + x[C:]
-                dk[j] = dk[j] + x[:C] + dot(turned[j * C : (j + 1) * C], stack(head.k, head.q), NN, passes)
+                dk[j] = dk[j] + x[:C] + dcolumns[j]
             yield
         for j, h in enumerate(heads):
             self.add_keys(c, h, dq[j], dk[j], w.unit.heads[j])

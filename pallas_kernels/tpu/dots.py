@@ -16,8 +16,12 @@ TN = ((0,), (0,))  # x^T y
 
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """bfloat16 (high, low) with high + low = x to 2^-17 of x; low is 0 where x fits in bfloat16."""
-    high = x.astype(jnp.bfloat16)
-    return high, (x.astype(jnp.float32) - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    if x.dtype == jnp.bfloat16:
+        return x, jnp.zeros_like(x)
+    # By its bits: a compiler may take the difference to a rounded value for zero.
+    bits = (lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def bf16_dot(x: jax.Array, y: jax.Array, contract=NN) -> jax.Array:
@@ -33,3 +37,11 @@ def dot(x: jax.Array, y: jax.Array, contract=NN, passes: int = 1) -> jax.Array:
         return bf16_dot(x, y, contract)
     (xh, xl), (yh, yl) = split(x), split(y)
     return bf16_dot(xh, yh, contract) + (bf16_dot(xh, yl, contract) + bf16_dot(xl, yh, contract))
+
+
+def dot_split_left(x: jax.Array, y: jax.Array, passes: int = 1) -> jax.Array:
+    """x y with x to 2^-17: for terms that cancel in the sum. y's rounding remains where ``passes`` is 1."""
+    if passes == 3:
+        return dot(x, y, NN, 3)
+    product = bf16_dot(jnp.concatenate(split(x), axis=0), y)
+    return product[: x.shape[0]] + product[x.shape[0] :]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.config import Config
-from pallas_kernels.tpu.dots import NN, NT, dot
+from pallas_kernels.tpu.dots import NN, NT, dot, dot_split_left, split
 from pallas_kernels.tpu.inverse import iota
 from pallas_kernels.tpu.weave import Steps
 
@@ -46,6 +46,36 @@ def relate(rows: list[jax.Array], columns: list[jax.Array], passes: int) -> jax.
     dtype = jnp.bfloat16 if passes == 1 else jnp.float32
     rows, columns = [x.astype(dtype) for x in rows], [x.astype(dtype) for x in columns]
     return dot(beside(rows), diagonal(columns), NT, passes)
+
+
+def relate_split(rows: list[jax.Array], columns: list[jax.Array], passes: int) -> jax.Array:
+    """`relate` with the columns to 2^-17, for sums over columns in which they cancel."""
+    if passes == 3:
+        return relate(rows, columns, 3)
+    parts = [split(x) for x in columns]
+    right = jnp.concatenate([diagonal([p[i] for p in parts]) for i in range(2)], axis=0)  # [2 n C, n K]
+    product = dot(beside([x.astype(jnp.bfloat16) for x in rows]), right, NT)
+    width = product.shape[1] // 2
+    return product[:, :width] + product[:, width:]
+
+
+def relations_pulled(
+    d: jax.Array, rows: list[jax.Array], columns: list[jax.Array], C: int, passes: int
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Pulls d [m, n C], the gradient of rows columns^T, back to both.
+
+    With one key in all tokens d's entries cancel in the sums: d is kept to 2^-17.
+
+    Returns:
+      gradients of the rows, [m, n K], and of each head's columns, [C, K].
+    """
+    drows = dot_split_left(d, diagonal(columns), passes)
+    if passes == 3:
+        turned = d.T
+    else:  # high and low parts follow each other along the summed axis
+        turned = jnp.concatenate(split(d), axis=0).T  # [nC, 2 m]
+        rows = [stack(x, x) for x in rows]
+    return drows, [dot(turned[h * C : (h + 1) * C], x, NN, passes) for h, x in enumerate(rows)]
 
 
 def stack(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -212,7 +242,7 @@ def channel_relation_gradients(
         a, b = jnp.where(here, dkk, 0.0), jnp.where(here, dqk, 0.0)
         if sliced:
             a, b = block_rows(a, size, 1), block_rows(b, size, 1)
-        d = stack(a, b).astype(work)  # [2C or C, nC]
+        d = stack(a, b)  # [2C or C, nC]
         factors, rows, columns = [], [], []
         for h in heads:
             since, until = decays[h].inside() if not size else [decays[h].across(size)] * 2
@@ -224,9 +254,7 @@ def channel_relation_gradients(
             rows.append(stack(k_rows, q_rows).astype(work))
             columns.append(k_columns.astype(work))
             yield
-        drows = dot(d, diagonal(columns), NN, passes)  # [2C or C, nK]
-        turned = d.T  # [nC, 2C or C]
-        dcolumns = [dot(turned[h * C : (h + 1) * C], rows[h], NN, passes) for h in heads]  # [C, K]
+        drows, dcolumns = relations_pulled(d, rows, columns, C, passes)
         yield
         for h in heads:
             x = drows[:, h * K : (h + 1) * K]
