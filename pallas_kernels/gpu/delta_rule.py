@@ -1,16 +1,17 @@
-"""Forward of the chunkwise delta rule on Hopper: a chunk-parallel kernel, then the walk through the chunks."""
+"""Forward of the chunkwise delta rule on Hopper: a chunk-parallel kernel, then the walk over the chunks."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.recurrence import walk
+from pallas_kernels.gpu.channel_relations import channel_relations
+from pallas_kernels.gpu.recurrence import Chunks, Plan, walk
 from pallas_kernels.gpu.relations import head_relations
 from pallas_kernels.gpu.tiles import CHUNK
 
 MULTIPROCESSORS = 132
 
 
-def forward(
+def head_forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -21,7 +22,7 @@ def forward(
     normalize: bool,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the recurrence over T.
+    """The recurrence without a gate or with a per-head gate.
 
     Args:
       q, k: [B, T, H, K]; v: [B, T, HV, V], all bf16 or all f16; T a multiple of 8, K 64 or 128, V of 64.
@@ -34,24 +35,56 @@ def forward(
     Returns:
       o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32.
     """
-    tokens = per_token(beta, g)
     gated = g is not None
+    tokens = by_chunk(beta, jnp.zeros_like(beta) if g is None else g)
     inverse, p, factors = head_relations(q, k, tokens, gated=gated, normalize=normalize, scale=scale)
-    warpgroups, stages = plan(v.shape[0] * v.shape[2], v.shape[3])
-    return walk(q, k, v, inverse, p, factors, state, gated=gated, warpgroups=warpgroups, stages=stages)
+    chunks = Chunks(q, k, None, inverse, p, factors, None)
+    return walk(chunks, v, state, gated=gated, plan=plan(v, channel=False))
 
 
-def per_token(beta: jax.Array, g: jax.Array | None) -> jax.Array:
-    """beta and log decay by chunks, [B, HV, NC, 2, 64], zero past the end."""
+def channel_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    g: jax.Array,
+    kind: jax.Array,
+    gate: jax.Array | None,
+    state: jax.Array | None,
+    *,
+    lower_bound: float | None,
+    normalize: bool,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The recurrence with a per-channel gate.
+
+    Args:
+      q, k, v, beta, state, normalize, scale: as for `head_forward`.
+      g, gate, lower_bound: as for `channel_relations.channel_relations`.
+      kind: [B, t, HV] float32, what becomes of each token (`channel_relations.PRESENT`, ...).
+
+    Returns:
+      as `head_forward`.
+    """
+    tokens = by_chunk(beta, kind)
+    queries, reads, keys, inverse, p, decay = channel_relations(
+        q, k, g, tokens, gate, lower_bound=lower_bound, normalize=normalize, scale=scale
+    )
+    chunks = Chunks(queries, reads, keys, inverse, p, tokens[:, :, :, :1], decay)
+    return walk(chunks, v, state, gated=True, plan=plan(v, channel=True))
+
+
+def by_chunk(beta: jax.Array, other: jax.Array) -> jax.Array:
+    """Two per-token numbers [B, t, HV] by chunks, [B, HV, NC, 2, 64], zero past the end."""
     B, t, HV = beta.shape
     NC = -(-t // CHUNK)
-    x = jnp.stack([beta, jnp.zeros_like(beta) if g is None else g])  # [2, B, t, HV]
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, NC * CHUNK - t), (0, 0)))
+    x = jnp.pad(jnp.stack([beta, other]), ((0, 0), (0, 0), (0, NC * CHUNK - t), (0, 0)))
     return x.reshape(2, B, NC, CHUNK, HV).transpose(1, 4, 2, 0, 3)
 
 
-def plan(heads: int, V: int) -> tuple[int, int]:
-    """Warpgroups of a block and chunks in flight, by how many heads there are to spread over the chip."""
-    if V % 128 or heads < MULTIPROCESSORS:
-        return 1, 3
-    return 2, 3
+def plan(v: jax.Array, *, channel: bool) -> Plan:
+    """The walk's layout, by how many heads there are to spread over the chip."""
+    B, _, HV, V = v.shape
+    if V % 128 or B * HV < MULTIPROCESSORS:
+        return Plan(warpgroups=1, stages=2 if channel else 3)
+    return Plan(warpgroups=2, stages=2 if channel else 3)

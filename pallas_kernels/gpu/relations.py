@@ -1,4 +1,4 @@
-"""Chunk-parallel half of the op without a gate or with a per-head gate: what tokens of a chunk do to each other.
+"""Chunk-parallel half without a gate or with a per-head gate: what tokens of a chunk do to each other.
 
 One chunk per block: relation matrices K K^T and Q K^T with their decays, the triangular inverse, and the
 per-token factors that the recurrence multiplies with. q and k stay unnormalised in memory; their norms are
@@ -65,6 +65,7 @@ def head_relations(
         ),
         grid=(NC, HV, B),
         grid_names=("chunk", "head", "batch"),
+        kernel_name="head_relations",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     return kernel(q, k, tokens)

@@ -14,8 +14,9 @@ COLUMN = L.reduce(0)  # [N], one value per column
 
 
 def tile(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
-    """A half-precision shared-memory tile that TMA fills and wgmma reads; its last axis is 64, 128, ..."""
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+    """A shared-memory tile that TMA fills and (half precision) wgmma reads; its last axis is 64 or 128."""
+    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
 
 
 def constant(value: float, layout, n: int = CHUNK) -> jax.Array:
