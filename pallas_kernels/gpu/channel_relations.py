@@ -15,9 +15,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu.gather import gather_rows, scatter_rows
 from pallas_kernels.gpu.inverse import unit_lower_inverse
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, iota, product, rows, tile
-from pallas_kernels.gpu.warp_rows import border_rows, store_warp_row
+from pallas_kernels.gpu.tiles import (
+    CHUNK,
+    COLUMN,
+    ROW,
+    L,
+    columns,
+    constant,
+    iota,
+    product,
+    rows,
+    split,
+    tile,
+)
 
 LOG2E = 1.4426950408889634
 MIN_LOG_DECAY = -100.0
@@ -67,18 +79,22 @@ def channel_relations(
     halves = K // HALF
     operand = jax.ShapeDtypeStruct((B, HV, NC, CHUNK, K), jnp.float16)
     square = jax.ShapeDtypeStruct((B, HV, NC, CHUNK, CHUNK), jnp.float16)
+
+    def halves_of(dtype):
+        return [tile((CHUNK, HALF), dtype)] * halves
+
     scratch = dict(
-        q_tile=tile((halves, CHUNK, HALF), q.dtype),
-        k_tile=tile((halves, CHUNK, HALF), q.dtype),
-        g_tile=tile((halves, CHUNK, HALF), g.dtype),
-        x_tile=tile((CHUNK, HALF), jnp.float16),
+        q_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16)),
+        k_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16)),
+        g_tile=plgpu.RefUnion(
+            (halves_of(g.dtype), tile((CHUNK, CHUNK), jnp.float16)),
+            plgpu.SMEM((CHUNK, K + 8), jnp.float32),
+        ),
+        x_tile=halves_of(jnp.float16),
         y_tile=tile((CHUNK, HALF), jnp.float16),
-        sum_tile=tile((CHUNK, CHUNK), jnp.float16),
-        p_tile=tile((CHUNK, CHUNK), jnp.float16),
-        t_tile=tile((CHUNK, CHUNK), jnp.float16),
+        z_tile=halves_of(jnp.float16),
         token_tile=plgpu.SMEM((2, CHUNK), jnp.float32),
         norm_tile=plgpu.SMEM((CHUNK,), jnp.float32),
-        total_tile=plgpu.SMEM((4, HALF), jnp.float32),
         decay_tile=plgpu.SMEM((halves, HALF), jnp.float32),
         loaded=plgpu.Barrier(num_arrivals=1 + 3 * halves + (gate is not None)),
     )
@@ -120,6 +136,12 @@ def activate(x: jax.Array, rate: jax.Array, bias: jax.Array, lower_bound: float 
     return lower_bound * root * root
 
 
+def inverse_norm(parts: list[jax.Array], scale: float) -> jax.Array:
+    """[64] ``scale rsqrt(|x|^2 + 1e-6)`` of rows given as a list of their parts [64, N]."""
+    squares = [jnp.square(x.astype(jnp.float32)).sum(axis=1) for x in parts]
+    return lax.rsqrt(sum(squares[1:], squares[0]) + 1e-6) * scale
+
+
 def _body(
     q_ref,
     k_ref,
@@ -131,12 +153,9 @@ def _body(
     g_tile,
     x_tile,
     y_tile,
-    sum_tile,
-    p_tile,
-    t_tile,
+    z_tile,
     token_tile,
     norm_tile,
-    total_tile,
     decay_tile,
     loaded,
     halves,
@@ -147,6 +166,8 @@ def _body(
     gate_tile=None,
 ):
     queries_ref, reads_ref, keys_ref, inverse_ref, p_ref, decay_ref = refs[-6:]
+    (q_raw, q_tile), (k_raw, k_tile) = q_tile, k_tile
+    (g_raw, sum_tile), G_tile = g_tile
     c, h, b = (lax.axis_index(name) for name in ("chunk", "head", "batch"))
     here = pl.ds(c * CHUNK, CHUNK)
     square = (CHUNK, CHUNK)
@@ -155,110 +176,102 @@ def _body(
         plgpu.copy_gmem_to_smem(refs[0].at[h], gate_tile, loaded)
     for half in range(halves):
         channels = pl.ds(half * HALF, HALF)
-        plgpu.copy_gmem_to_smem(k_ref.at[b, here, h // group, channels], k_tile.at[half], loaded)
-        plgpu.copy_gmem_to_smem(q_ref.at[b, here, h // group, channels], q_tile.at[half], loaded)
-        plgpu.copy_gmem_to_smem(g_ref.at[b, here, h, channels], g_tile.at[half], loaded)
+        plgpu.copy_gmem_to_smem(g_ref.at[b, here, h, channels], g_raw[half], loaded)
+        plgpu.copy_gmem_to_smem(k_ref.at[b, here, h // group, channels], k_raw[half], loaded)
+        plgpu.copy_gmem_to_smem(q_ref.at[b, here, h // group, channels], q_raw[half], loaded)
 
     row, column = iota(0), iota(1)
-    meet = row ^ column
-    # Sums within blocks of 16 tokens: the rows of one warp.
-    sum_tile[...] = jnp.where((column <= row) & (meet < 16), 1.0, 0.0).astype(jnp.float16)
+    sum_tile[...] = jnp.where(column <= row, 1.0, 0.0).astype(jnp.float16)
     plgpu.barrier_wait(loaded)
 
     def load(ref):
         return plgpu.load(ref, layout=L).astype(jnp.float32)
 
+    def G_of(half):
+        return G_tile.at[:, pl.ds(half * HALF, HALF)]
+
+    # Log decays to base 2, as two float16 terms, and their sums from the chunk's start.
     beta = plgpu.load(token_tile.at[0], layout=ROW)
-    present = plgpu.load(token_tile.at[1], layout=ROW)
-    if normalize:
-
-        def inverse_norm(x_tile):
-            squares = sum((x * x).sum(axis=1) for x in (load(x_tile.at[i]) for i in range(halves)))
-            return lax.rsqrt(squares + 1e-6)
-
-        n, m = inverse_norm(k_tile), inverse_norm(q_tile) * scale
-    else:
-        n, m = constant(1.0, ROW), constant(scale, ROW)
-    norm_tile[...] = n
-
-    def relate(half, related):
-        kk, qk = related
+    kind = rows(plgpu.load(token_tile.at[1], layout=ROW), square)
+    for half in range(halves):
         channels = pl.ds(half * HALF, HALF)
-        x = load(g_tile.at[half])
+        g = load(g_raw[half])
         if gate_tile is not None:
             rate = plgpu.load(gate_tile.at[0, channels], layout=COLUMN)
-            x = activate(x, rate, plgpu.load(gate_tile.at[1, channels], layout=COLUMN), lower_bound)
-        here_too = rows(present, square)
-        g = jnp.where(here_too == PRESENT, jnp.maximum(x, MIN_LOG_DECAY), 0.0)
-        g = jnp.where(here_too == RESET, MIN_LOG_DECAY, g) * LOG2E  # base 2 from here on
-        high = g.astype(jnp.float16)
-        x_tile[...] = high
-        y_tile[...] = (g - high.astype(jnp.float32)).astype(jnp.float16)
+            g = activate(g, rate, plgpu.load(gate_tile.at[1, channels], layout=COLUMN), lower_bound)
+        g = jnp.where(kind == PRESENT, jnp.maximum(g, MIN_LOG_DECAY), 0.0)
+        g = jnp.where(kind == RESET, MIN_LOG_DECAY, g) * LOG2E
+        x_tile[half][...], z_tile[half][...] = split(g, jnp.float16)
+    plgpu.commit_smem()
+    sums = [product(HALF, (sum_tile, x_tile[i]), (sum_tile, z_tile[i])) for i in range(halves)]
+    plgpu.commit_smem()  # all warps are done with what G_tile replaces
+    line = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROW)
+    for half in range(halves):
+        scatter_rows(G_of(half), line, sums[half])
+
+    # q and k in float16, and their inverse norms.
+    q_halves = [plgpu.load(q_raw[i], layout=L) for i in range(halves)]
+    m = inverse_norm(q_halves, scale) if normalize else constant(scale, ROW)
+    for half in range(halves):
+        q_tile[half][...] = q_halves[half].astype(jnp.float16)
+    k_halves = [plgpu.load(k_raw[i], layout=L) for i in range(halves)]
+    n = inverse_norm(k_halves, 1.0) if normalize else constant(1.0, ROW)
+    for half in range(halves):
+        k_tile[half][...] = k_halves[half].astype(jnp.float16)
+    norm_tile[...] = n
+    plgpu.commit_smem()
+
+    meet = row ^ column
+
+    def relate(s, related):
+        kk, qk = related
+        size = lax.shift_left(1, s)
+        anchor = (line & ~(2 * size - 1)) + (size - 1)  # last token of the even block
+        for half in range(halves):
+            G = G_of(half)
+            across = gather_rows(G, line, HALF) - gather_rows(G, anchor, HALF)
+            factor = jnp.exp2(-jnp.abs(across)).astype(jnp.float16)
+            x_tile[half][...] = plgpu.load(k_tile[half], layout=L) * factor
+            z_tile[half][...] = plgpu.load(q_tile[half], layout=L) * factor
         plgpu.commit_smem()
-        from_start = product(HALF, (sum_tile, x_tile), (sum_tile, y_tile))  # of the block of 16, inclusive
-        store_warp_row(border_rows(from_start, 16), total_tile)
-        plgpu.commit_smem()
+        level = (meet >> s) == 1
+        columns_of = [x_tile[i].transpose((1, 0)) for i in range(halves)]
+        kk_level = product(CHUNK, *((x_tile[i], columns_of[i]) for i in range(halves)))
+        kk = jnp.where(level, kk_level, kk)
+        qk_level = product(CHUNK, *((z_tile[i], columns_of[i]) for i in range(halves)))
+        return kk, jnp.where(level, qk_level, qk)
 
-        def total(i):  # of the i-th block of 16
-            return plgpu.load(total_tile.at[i], layout=COLUMN)
-
-        def to_end():
-            return border_rows(from_start, 16) - from_start
-
-        for s in range(6):
-            if s < 4:
-                exponent = -jnp.abs(from_start - border_rows(from_start, 1 << s))
-            elif s == 4:
-                exponent = jnp.where((row & 16) == 16, from_start, to_end())
-            else:
-                after = from_start + jnp.where(row >= 48, columns(total(2), square), 0.0)
-                before = to_end() + jnp.where(row < 16, columns(total(1), square), 0.0)
-                exponent = jnp.where(row >= 32, after, before)
-            factor = jnp.exp2(exponent)
-            kf = (load(k_tile.at[half]) * factor).astype(jnp.float16)
-            x_tile[...] = kf
-            plgpu.commit_smem()
-            level = (meet >> s) == 1
-            xt = x_tile.transpose((1, 0))
-            kk += jnp.where(level, product(CHUNK, (kf, xt)), 0.0)
-            qf = (load(q_tile.at[half]) * factor).astype(jnp.float16)
-            qk += jnp.where(level, product(CHUNK, (qf, xt)), 0.0)
-        plgpu.commit_smem()
-
-        # The operands of the walk: decays from the chunk's start and to its end.
-        k, q = load(k_tile.at[half]), load(q_tile.at[half])
-        qk += jnp.where(meet == 0, rows((q * k).sum(axis=1), square), 0.0)
-        G = from_start
-        for i in range(3):
-            G += jnp.where(row >= 16 * (i + 1), columns(total(i), square), 0.0)
-        decay = jnp.exp2(G)
-        k = k * rows(n, square)
-        x_tile[...] = (q * rows(m, square) * decay).astype(jnp.float16)
-        y_tile[...] = (k * decay).astype(jnp.float16)
-        left = to_end()
-        for i in range(1, 4):
-            left += jnp.where(row < 16 * i, columns(total(i), square), 0.0)
-        p_tile[...] = (k * jnp.exp2(left)).astype(jnp.float16)
-        decay_tile[half] = jnp.exp2(total(0) + total(1) + total(2) + total(3))
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x_tile, queries_ref.at[b, h, c, :, channels])
-        plgpu.copy_smem_to_gmem(y_tile, reads_ref.at[b, h, c, :, channels])
-        plgpu.copy_smem_to_gmem(p_tile, keys_ref.at[b, h, c, :, channels])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        return kk, qk
-
+    own = sum((load(q_tile[i]) * load(k_tile[i])).sum(axis=1) for i in range(halves))  # q_r . k_r
     nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
-    kk, qk = lax.fori_loop(0, halves, relate, (nothing, nothing))
-    plgpu.copy_smem_to_gmem(decay_tile, decay_ref.at[b, h, c])
+    kk, qk = lax.fori_loop(0, 6, relate, (nothing, rows(own, square)))
+
     n_column = columns(plgpu.load(norm_tile, layout=COLUMN), square)
     qk = jnp.where(column <= row, qk * rows(m, square) * n_column, 0.0)
-    p_tile[...] = qk.astype(p_tile.dtype)
+    z_tile[0][...] = qk.astype(jnp.float16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(p_tile, p_ref.at[b, h, c])
-
+    plgpu.copy_smem_to_gmem(z_tile[0], p_ref.at[b, h, c])
     a = jnp.where(column < row, kk * rows(beta * n, square) * n_column, 0.0)
-    x = unit_lower_inverse(a, x_tile, y_tile)
-    t_tile[...] = jnp.where(column < row, x, 0.0).astype(t_tile.dtype)
+    x = unit_lower_inverse(a, y_tile, x_tile[0])
+    x_tile[0][...] = jnp.where(column < row, x, 0.0).astype(jnp.float16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(t_tile, inverse_ref.at[b, h, c])
+    plgpu.copy_smem_to_gmem(x_tile[0], inverse_ref.at[b, h, c])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    # The operands of the walk: decays from the chunk's start and to its end.
+    for half in range(halves):
+        channels = pl.ds(half * HALF, HALF)
+        G = gather_rows(G_of(half), line, HALF)
+        end = plgpu.load(G_tile.at[CHUNK - 1, channels], layout=COLUMN)
+        decay_tile[half] = jnp.exp2(end)
+        decay, left = jnp.exp2(G), jnp.exp2(columns(end, square) - G)
+        q, k = plgpu.load(q_tile[half], layout=L), plgpu.load(k_tile[half], layout=L)
+        x_tile[half][...] = q * (rows(m, square) * decay).astype(jnp.float16)
+        z_tile[half][...] = k * (rows(n, square) * decay).astype(jnp.float16)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        y_tile[...] = k * (rows(n, square) * left).astype(jnp.float16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(x_tile[half], queries_ref.at[b, h, c, :, channels])
+        plgpu.copy_smem_to_gmem(z_tile[half], reads_ref.at[b, h, c, :, channels])
+        plgpu.copy_smem_to_gmem(y_tile, keys_ref.at[b, h, c, :, channels])
+    plgpu.copy_smem_to_gmem(decay_tile, decay_ref.at[b, h, c])
     plgpu.wait_smem_to_gmem(0)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.tiles import iota, product
+from pallas_kernels.gpu.tiles import add_product, iota, product
 
 
 def unit_lower_inverse(a: jax.Array, a_tile, x_tile) -> jax.Array:
@@ -29,6 +29,6 @@ def unit_lower_inverse(a: jax.Array, a_tile, x_tile) -> jax.Array:
         x_tile[...] = high
         plgpu.commit_smem()
         xa = product(64, (high, a_tile))
-        xl = jnp.where((meet >> s) == 1, xa, 0.0).astype(jnp.float16)
-        x = x - product(64, (xl, x_tile))
+        minus_xl = jnp.where((meet >> s) == 1, -xa, 0.0).astype(jnp.float16)
+        x = add_product(x, (minus_xl, x_tile))
     return x
