@@ -10,7 +10,7 @@ from pallas_kernels.gpu import delta_rule
 from pallas_kernels.gpu.channel_relations import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
 from pallas_kernels.gpu.tiles import CHUNK
 
-HEAD_SIZES = (64, 128)
+HEAD_SIZES = {"none": (64, 128), "head": (64, 128), "channel": (128,)}  # K; others are filled up with zeros
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 backward = chunked.backward
@@ -21,8 +21,8 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
     dtypes = {x.dtype for x in (inputs.q, inputs.k, inputs.v)}
     if len(dtypes) != 1 or not dtypes <= set(HALF):
         return f"q, k and v must be all bfloat16 or all float16, got {', '.join(sorted(map(str, dtypes)))}"
-    if (K := inputs.q.shape[-1]) > HEAD_SIZES[-1]:
-        return f"head size K is at most {HEAD_SIZES[-1]}, got {K}"
+    if (K := inputs.q.shape[-1]) > 128:
+        return f"head size K is at most 128, got {K}"
     if options.num_segments is not None:
         return "num_segments is not supported, only segment_ids that reset the state"
     if options.chunk_size not in (None, CHUNK):
@@ -44,16 +44,17 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
         reset = jnp.broadcast_to(segments.resets(ids)[..., None], beta.shape)
 
     state = inputs.initial_state
-    q, k, v = _pad(q, HEAD_SIZES), _pad(k, HEAD_SIZES), _pad(v, None)
+    sizes = HEAD_SIZES[options.gate_kind]
+    q, k, v = _pad(q, sizes), _pad(k, sizes), _pad(v, None)
     if state is not None:  # transposed, [B, HV, V, K]
-        sizes = ((0, 0), (0, 0), (0, v.shape[-1] - V), (0, q.shape[-1] - K))
-        state = jnp.pad(state.astype(jnp.float32).mT, sizes)
+        missing = ((0, 0), (0, 0), (0, v.shape[-1] - V), (0, q.shape[-1] - K))
+        state = jnp.pad(state.astype(jnp.float32).mT, missing)
     common = dict(normalize=options.normalize_qk, scale=options.scale)
     if options.gate_kind == "channel":
         kind = jnp.full(beta.shape, PRESENT)
         if ids is not None:
             kind = jnp.where(reset, RESET, jnp.where((ids != 0)[..., None], PRESENT, ABSENT))
-        g, gate = _pad(inputs.g, HEAD_SIZES), _gate(inputs, q.shape[-1])
+        g, gate = _pad(inputs.g, sizes), _gate(inputs, q.shape[-1])
         o, state = delta_rule.channel_forward(
             q, k, v, beta, g, kind, gate, state, lower_bound=options.lower_bound, **common
         )

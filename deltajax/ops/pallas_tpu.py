@@ -1,6 +1,7 @@
 """The ops on TPUs: from a checked call to the kernels of `pallas_kernels.tpu`, and back."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from deltajax.ops import gates, packing, segments
 from deltajax.ops.problem import Inputs, Options
 from pallas_kernels.tpu import backward as backward_kernel
 from pallas_kernels.tpu import config as kernel_config
-from pallas_kernels.tpu import forward as kernel
+from pallas_kernels.tpu import forward as forward_kernel
+from pallas_kernels.tpu import launch
+from pallas_kernels.tpu.chunk import Refs
 from pallas_kernels.tpu.config import Blocks, Config
 
 CHUNK = 64
@@ -36,9 +39,9 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
 class _Call:
     """A call as the kernels take it."""
 
-    arrays: kernel.Refs
+    arrays: Refs
     initial: Array | None  # [B, N, HV, K, V]
-    segments: kernel.Segments
+    segments: launch.Segments
     N: int
     blocks: Blocks
     config: Config
@@ -70,7 +73,7 @@ def _marks(segment_ids: Array, T: int, chunk: int) -> Float[Array, "B 4 T"]:
     return jnp.stack([x.astype(jnp.float32) for x in rows], axis=1)
 
 
-def _call(inputs: Inputs, options: Options, interpret: bool) -> _Call:
+def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
     B, T, H, K = inputs.q.shape
     HV, V = inputs.v.shape[2:]
     activation = None
@@ -98,14 +101,14 @@ def _call(inputs: Inputs, options: Options, interpret: bool) -> _Call:
         order = jnp.arange(entry.shape[1])
         latest = jax.lax.cummax(jnp.where(entry >= 0, order, 0), axis=1)
         index = jnp.maximum(jnp.take_along_axis(entry, latest, axis=1), 0)
-        parts = kernel.Segments(*(x.astype(jnp.int32) for x in (index, entry >= 0, exit_ >= 0)))
+        parts = launch.Segments(*(x.astype(jnp.int32) for x in (index, entry >= 0, exit_ >= 0)))
         present = jnp.any(inputs.segment_ids[:, :, None] == jnp.arange(1, N + 1), axis=1)
     else:
         if T < blocks.tokens:  # a block must not be longer than its array
             pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks.tokens - T)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
             q, k, v, g, beta = (None if x is None else pad(x) for x in (q, k, v, g, beta))
         n = -(-T // blocks.tokens)
-        parts = kernel.whole_rows(B, n)
+        parts = launch.whole_rows(B, n)
         if inputs.segment_ids is not None:
             marks = _marks(inputs.segment_ids, n * blocks.tokens, CHUNK)
         initial = None if initial is None else initial[:, None]
@@ -114,7 +117,7 @@ def _call(inputs: Inputs, options: Options, interpret: bool) -> _Call:
     if activation is not None:
         rate = jnp.broadcast_to(jnp.exp(inputs.A_log.astype(jnp.float32))[:, None], (HV, K))
         dt_bias = jnp.zeros((HV, K)) if inputs.dt_bias is None else inputs.dt_bias.astype(jnp.float32)
-    arrays = kernel.Refs(q, k, v, g, beta, rate, dt_bias, marks)
+    arrays = Refs(q, k, v, g, beta, rate, dt_bias, marks)
     initial = None if initial is None else initial.astype(jnp.float32)
     return _Call(arrays, initial, parts, N, blocks, config, layout, present)
 
@@ -124,20 +127,20 @@ def _tokens(x: Array, call: _Call, T: int) -> Array:
     return x[:, :T] if call.layout is None else packing.take(x, call.layout.target)
 
 
-def forward(inputs: Inputs, options: Options, interpret: bool = False) -> tuple[Array, Array]:
+def forward(inputs: Inputs, options: Options, interpret: Any = False) -> tuple[Array, Array]:
     """Outputs and final states."""
     return _forward(inputs, options, False, interpret)[:2]
 
 
-def saving(inputs: Inputs, options: Options, interpret: bool = False) -> tuple[Array, Array, tuple]:
+def saving(inputs: Inputs, options: Options, interpret: Any = False) -> tuple[Array, Array, tuple]:
     """Outputs, final states and what `backward` needs."""
     return _forward(inputs, options, True, interpret)
 
 
-def _forward(inputs: Inputs, options: Options, save: bool, interpret: bool) -> tuple[Array, Array, tuple]:
+def _forward(inputs: Inputs, options: Options, save: bool, interpret: Any) -> tuple[Array, Array, tuple]:
     T = inputs.q.shape[1]
     call = _call(inputs, options, interpret)
-    o, final, saved = kernel.forward(
+    o, final, saved = forward_kernel.forward(
         call.arrays, call.initial, call.segments, call.N, call.blocks, call.config, save
     )
     if call.layout is None:
@@ -154,7 +157,7 @@ def backward(
     dfinal: Array,
     states: Array,
     inverses: Array,
-    interpret: bool = False,
+    interpret: Any = False,
 ) -> Inputs:
     """Gradients of all float inputs, None for the others."""
     T = inputs.q.shape[1]
@@ -166,7 +169,7 @@ def backward(
         dfinal = dfinal[:, None]
         do = jnp.pad(do, ((0, 0), (0, call.arrays.v.shape[1] - T), (0, 0), (0, 0)))
     got = backward_kernel.backward(
-        call.arrays, kernel.Saved(states, inverses), do, dfinal, call.segments, call.N, call.blocks, call.config
+        call.arrays, launch.Saved(states, inverses), do, dfinal, call.segments, call.N, call.blocks, call.config
     )
     tokens = lambda x, like: None if x is None else _tokens(x, call, T).astype(like.dtype)  # noqa: E731
     real = None if inputs.segment_ids is None else inputs.segment_ids != 0

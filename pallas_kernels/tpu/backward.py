@@ -23,8 +23,8 @@ from pallas_kernels.tpu import chunk, gates, tiles
 from pallas_kernels.tpu.chunk import LAST, RUN, SEEN, Refs, Scalars, Unit
 from pallas_kernels.tpu.config import Blocks, Config
 from pallas_kernels.tpu.dots import NN, NT, TN, bf16_dot, dot, split
-from pallas_kernels.tpu.forward import Saved, Segments, by_block, unit_heads
 from pallas_kernels.tpu.inverse import iota
+from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads
 from pallas_kernels.tpu.relations import (
     RelationGradients,
     beside,
@@ -297,21 +297,15 @@ class Backward:
         """Writes dbeta and a per-head dg, tokens along lanes."""
         for c, (dbeta, dg) in self.columns.items():
             tokens = pl.ds(c * self.C, self.C)
-            self.out.beta[0, 0, :, tokens] = dbeta.T
+            self.out.beta[0, 0, 0, :, tokens] = dbeta.T
             if self.config.gate == "head":
-                self.out.g[0, 0, :, tokens] = dg.T
+                self.out.g[0, 0, 0, :, tokens] = dg.T
 
 
 def _kernel(
-    segment_ref, first_ref, last_ref, *args,
-    fields: tuple[str, ...], outputs: tuple[str, ...], blocks: Blocks, config: Config,
-):  # fmt: skip
-    refs = Refs(**{**dict.fromkeys(Refs._fields), **dict(zip(fields, args[: len(fields)], strict=True))})
-    rest = list(args[len(fields) :])
-    saved, do_ref, dfinal_ref = Saved(*rest[:2]), rest[2], rest[3]
-    rest = rest[4:]
-    out = Gradients(**{**dict.fromkeys(Gradients._fields), **dict(zip(outputs, rest[: len(outputs)], strict=True))})
-    dstate = rest[len(outputs)]
+    segments: Segments, refs: Refs, saved: Saved, do_ref, dfinal_ref, *results, blocks: Blocks, config: Config
+):
+    out, dstate = Gradients(*results[:-1]), results[-1]
     row, step = pl.program_id(0), pl.program_id(2)
     block = pl.num_programs(2) - 1 - step
 
@@ -322,7 +316,7 @@ def _kernel(
             out.dt_bias[...] = jnp.zeros_like(out.dt_bias)
             out.log_rate[...] = jnp.zeros_like(out.log_rate)
 
-    @pl.when(last_ref[row, block] != 0)
+    @pl.when(segments.last[row, block] != 0)
     def _leave():
         for h in range(blocks.heads):
             dstate[h] = dfinal_ref[0, 0, h].T
@@ -343,7 +337,7 @@ def _kernel(
         pass
     b.store_columns()
 
-    @pl.when(first_ref[row, block] != 0)
+    @pl.when(segments.first[row, block] != 0)
     def _enter():
         for h in range(blocks.heads):
             out.state[0, 0, h] = dstate[h].T
@@ -371,79 +365,48 @@ def backward(
       gradients in the inputs' shapes and dtypes; beta and a per-head g float32; log_rate and dt_bias [B, HV, K]; state
       [B, N, HV, K, V] float32, defined where ``segments`` visits it.
     """
-    B, T, HV, V = arrays.v.shape
-    H = arrays.q.shape[2]
-    K, C, heads, tokens = blocks.K, config.chunk, blocks.heads, blocks.tokens
-    steps = pl.cdiv(T, tokens)
-    n = len(unit_heads(blocks)[0])
-    nc = tokens // C
-    at = lambda t: steps - 1 - t  # noqa: E731
-    token_block = lambda width, heads: pl.BlockSpec(  # noqa: E731
-        (1, tokens, heads, width), lambda b, h, t, *_: (b, at(t), h, 0)
-    )
-    row_block = pl.BlockSpec((1, 1, heads, tokens), lambda b, h, t, *_: (b, h, 0, at(t)))
-    head_block = pl.BlockSpec((1, heads, K), lambda b, h, t, *_: (h, 0, 0))
-    sum_block = pl.BlockSpec((1, 1, heads, K), lambda b, h, t, *_: (b, h, 0, 0))
-    state_block = pl.BlockSpec((1, 1, heads, K, V), lambda b, h, t, seg, *_: (b, seg[b, at(t)], h, 0, 0))
-    specs = Refs(
-        q=token_block(K, blocks.key_heads),
-        k=token_block(K, blocks.key_heads),
-        v=token_block(V, heads),
-        g=token_block(K, heads) if config.gate == "channel" else row_block,
-        beta=row_block,
-        rate=head_block,
-        dt_bias=head_block,
-        marks=pl.BlockSpec((1, 4, tokens), lambda b, h, t, *_: (b, 0, at(t))),
-    )
-    values = arrays._replace(
-        beta=by_block(arrays.beta, blocks),
-        g=by_block(arrays.g, blocks) if config.gate == "head" else arrays.g,
-        rate=None if arrays.rate is None else arrays.rate.reshape(HV // heads, heads, K),
-        dt_bias=None if arrays.dt_bias is None else arrays.dt_bias.reshape(HV // heads, heads, K),
-    )
-    fields = tuple(name for name in Refs._fields if getattr(values, name) is not None)
-    rows = jax.ShapeDtypeStruct((B, HV // heads, heads, T), jnp.float32)
-    sums = jax.ShapeDtypeStruct((B, HV // heads, heads, K), jnp.float32)
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    activated = config.activation is not None
-    shapes = Gradients(
-        q=like(arrays.q), k=like(arrays.k), v=like(arrays.v),
-        g={"none": None, "head": rows, "channel": None if arrays.g is None else like(arrays.g)}[config.gate],
-        beta=rows, log_rate=sums if activated else None, dt_bias=sums if activated else None,
-        state=jax.ShapeDtypeStruct((B, N, HV, K, V), jnp.float32),
-    )  # fmt: skip
-    out_specs = Gradients(specs.q, specs.k, specs.v, specs.g, row_block, sum_block, sum_block, state_block)
-    outputs = tuple(name for name in Gradients._fields if getattr(shapes, name) is not None)
-    results = pl.pallas_call(
-        functools.partial(_kernel, fields=fields, outputs=outputs, blocks=blocks, config=config),
+    layout = Layout(arrays, segments, N, blocks, config)
+    B, HV, K, V, heads = layout.B, layout.HV, blocks.K, blocks.V, blocks.heads
+    at = lambda t: layout.steps - 1 - t  # noqa: E731
+    shape, rows = layout.shape, layout.row_block(at)
+    like = lambda x: shape(x.shape, x.dtype)  # noqa: E731
+    row_shape = shape((B, HV // heads, layout.steps, heads, blocks.tokens), jnp.float32)
+    sums = sum_shape = None
+    if config.activation is not None:
+        sums = pl.BlockSpec((1, 1, heads, K), lambda b, h, t, _: (b, h, 0, 0))
+        sum_shape = shape((B, HV // heads, heads, K), jnp.float32)
+    keys, values = (layout.token_block(D, H, at) for D, H in ((K, blocks.key_heads), (V, heads)))
+    gates = layout.token_block(K, heads, at)
+    got = pl.pallas_call(
+        functools.partial(_kernel, blocks=blocks, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(B, HV // heads, steps),
+            num_scalar_prefetch=1,
+            grid=(B, HV // heads, layout.steps),
             in_specs=[
-                *(getattr(specs, name) for name in fields),
-                pl.BlockSpec((1, heads, nc, V, K), lambda b, h, t, *_: (b, h, at(t), 0, 0)),
-                pl.BlockSpec((1, heads // n, nc, C, n * C), lambda b, h, t, *_: (b, h, at(t), 0, 0)),
-                token_block(V, heads),
-                state_block,
+                layout.input_specs(at),
+                layout.saved_specs(at, at),
+                layout.token_blocks(V, heads, at),
+                layout.state_block(at),
             ],
-            out_specs=[getattr(out_specs, name) for name in outputs],
+            out_specs=Gradients(
+                q=keys, k=keys, v=values, g={"none": None, "head": rows, "channel": gates}[config.gate],
+                beta=rows, log_rate=sums, dt_bias=sums, state=layout.state_block(at),
+            ),  # fmt: skip
             scratch_shapes=[pltpu.VMEM((heads, V, K), jnp.float32)],
         ),
-        out_shape=[getattr(shapes, name) for name in outputs],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
-        ),
-        interpret=pltpu.InterpretParams(out_of_bounds_reads="uninitialized") if blocks.interpret else False,
+        out_shape=Gradients(
+            q=like(arrays.q), k=like(arrays.k), v=like(arrays.v),
+            g={"none": None, "head": row_shape, "channel": None if arrays.g is None else like(arrays.g)}[config.gate],
+            beta=row_shape, log_rate=sum_shape, dt_bias=sum_shape, state=shape((B, N, HV, K, V), jnp.float32),
+        ),  # fmt: skip
+        compiler_params=layout.compiler_params(),
+        interpret=blocks.interpret,
         name="delta_rule_backward",
-    )(*segments, *(getattr(values, name) for name in fields), *saved, do, dfinal)
-    got = Gradients(**{**dict.fromkeys(Gradients._fields), **dict(zip(outputs, results, strict=True))})
-
-    def tokens_first(x):
-        return x.transpose(0, 3, 1, 2).reshape(B, T, HV)
-
+    )(segments, layout.inputs(), saved, (do,) * len(layout.token_blocks(V, heads, at)), dfinal)
+    by_head = lambda x: None if x is None else x.reshape(B, HV, K)  # noqa: E731
     return got._replace(
-        beta=tokens_first(got.beta),
-        g=tokens_first(got.g) if config.gate == "head" else got.g,
-        log_rate=None if got.log_rate is None else got.log_rate.reshape(B, HV, K),
-        dt_bias=None if got.dt_bias is None else got.dt_bias.reshape(B, HV, K),
+        beta=layout.from_blocks(got.beta),
+        g=layout.from_blocks(got.g) if config.gate == "head" else got.g,
+        log_rate=by_head(got.log_rate),
+        dt_bias=by_head(got.dt_bias),
     )

@@ -20,14 +20,14 @@ from pallas_kernels.tpu.weave import Steps
 class Refs(NamedTuple):
     """Input blocks. Absent ones are None."""
 
-    q: jax.Array  # [1, tokens, key heads, K]
-    k: jax.Array
-    v: jax.Array  # [1, tokens, heads, V]
-    g: jax.Array | None  # per channel [1, tokens, heads, K]; per head, log decays [1, 1, heads, tokens]
-    beta: jax.Array  # [1, 1, heads, tokens]
-    rate: jax.Array | None  # [1, heads, K]: exp(A_log)
-    dt_bias: jax.Array | None  # [1, heads, K]
-    marks: jax.Array | None  # [1, 4, tokens]: real, run, seen, last of packed rows
+    q: Any  # [1, tokens, key heads, K], in parts of 128 lanes
+    k: Any
+    v: Any  # [1, tokens, heads, V], in parts
+    g: Any  # per channel [1, tokens, heads, K], in parts; per head, log decays [1, 1, 1, heads, tokens]
+    beta: Any  # [1, 1, 1, heads, tokens]
+    rate: Any  # [1, heads, K]: exp(A_log)
+    dt_bias: Any  # [1, heads, K]
+    marks: Any  # [1, 1, 4, tokens]: real, run, seen, last of packed rows
 
 
 class Scalars(NamedTuple):
@@ -46,13 +46,13 @@ REAL, RUN, SEEN, LAST = range(4)
 
 def scalars(refs: Refs, blocks: Blocks, block_index, config: Config) -> Scalars:
     """Reads a block's scalars; padding gets beta = 0 and g = 0."""
-    beta = refs.beta[0, 0].astype(jnp.float32)
+    beta = refs.beta[0, 0, 0].astype(jnp.float32)
     g = None
     if config.gate == "head":
-        g = jnp.maximum(refs.g[0, 0], gates.MIN_LOG_DECAY) * gates.LOG2E
+        g = jnp.maximum(refs.g[0, 0, 0], gates.MIN_LOG_DECAY) * gates.LOG2E
     marks = columns = real = None
     if refs.marks is not None:
-        marks = refs.marks[0]
+        marks = refs.marks[0, 0]
         columns = marks.T
         row = marks[REAL : REAL + 1] > 0
         real = columns[:, REAL : REAL + 1] > 0

@@ -1,7 +1,7 @@
 """The static side of a kernel call, and how it is cut into blocks."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -39,7 +39,7 @@ class Blocks:
       heads: value heads of one block.
       tokens: tokens of one block, a multiple of the chunk.
       passes: bfloat16 passes of a matrix product: 1 for bfloat16 inputs, 3 for float32 ones.
-      interpret: whether the kernel runs in interpret mode, which cannot look at references as words.
+      interpret: False, or the `InterpretParams` to run with; interpret mode cannot look at references as words.
     """
 
     T: int
@@ -49,7 +49,7 @@ class Blocks:
     heads: int
     tokens: int
     passes: int
-    interpret: bool = False
+    interpret: Any = False
 
     @property
     def key_heads(self) -> int:
@@ -57,12 +57,17 @@ class Blocks:
         return self.heads // self.group
 
     @property
+    def work(self) -> jnp.dtype:
+        """What matrix operands are kept in."""
+        return jnp.dtype(jnp.bfloat16 if self.passes == 1 else jnp.float32)
+
+    @property
     def ragged(self) -> bool:
         """Whether the last block reaches past the row's end."""
         return self.T % self.tokens != 0
 
 
-def choose_blocks(T: int, H: int, HV: int, K: int, V: int, dtype, config: Config, interpret: bool) -> Blocks:
+def choose_blocks(T: int, H: int, HV: int, K: int, V: int, dtype, config: Config, interpret: Any) -> Blocks:
     """Blocks of whole memory tiles (8 heads, or all) with about 16 chunks of one head in each."""
     group = HV // H
     heads = next((n * group for n in (8, 16) if H % n == 0 and n * group <= 16), HV)

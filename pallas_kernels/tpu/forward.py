@@ -17,13 +17,21 @@ from pallas_kernels.tpu import chunk, tiles
 from pallas_kernels.tpu.chunk import LAST, SEEN, Refs, Scalars, Unit
 from pallas_kernels.tpu.config import Blocks, Config
 from pallas_kernels.tpu.dots import NN, NT, TN, dot, split
-from pallas_kernels.tpu.inverse import over_heads
+from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units_of
 from pallas_kernels.tpu.relations import beside, diagonal, stack
 from pallas_kernels.tpu.weave import Steps, in_turn, staggered, together, weave
 
 
 TOGETHER = 4  # units prepared in lockstep
 RATIO = 5  # steps of preparation for each step of the recurrence
+
+
+class Outputs(NamedTuple):
+    """o [B, T, HV, V], final states [B, N, HV, K, V] and, if asked, what the backward kernel needs."""
+
+    o: Any
+    final: Any
+    saved: Saved | None
 
 
 class Scratch(NamedTuple):
@@ -35,17 +43,6 @@ class Scratch(NamedTuple):
     p: Any  # [units, C, nC]: decayed Q K^T, i <= r
     m: Any  # [units, C, nC]: T beta
     keep: Any  # [units, n, 1, K]: exp(G_C)
-
-
-def unit_heads(blocks: Blocks) -> list[list[int]]:
-    """Value heads of a block in pairs, or alone where they do not come in pairs."""
-    n = 2 if blocks.heads % 2 == 0 else 1
-    return [list(range(h, h + n)) for h in range(0, blocks.heads, n)]
-
-
-def units_of(blocks: Blocks, config: Config) -> list[tuple[int, list[int]]]:
-    """(chunk, heads) of each unit of a block, in the order of the recurrence."""
-    return [(c, heads) for c in range(blocks.tokens // config.chunk) for heads in unit_heads(blocks)]
 
 
 def state_factors(
@@ -140,15 +137,9 @@ def recur(
     yield
 
 
-def _kernel(
-    segment_ref, first_ref, last_ref, *args, fields: tuple[str, ...], blocks: Blocks, config: Config, initial: bool, save: bool
-):
-    refs = Refs(**{**dict.fromkeys(Refs._fields), **dict(zip(fields, args[: len(fields)], strict=True))})
-    rest = list(args[len(fields) :])
-    initial_ref = rest.pop(0) if initial else None
-    o_ref, final_ref = rest[:2]
-    saved = Saved(*rest[2:4]) if save else None
-    scratch = Scratch(*rest[4 if save else 2 :])
+def _kernel(segments: Segments, refs: Refs, initial_ref, *results, blocks: Blocks, config: Config):
+    out, scratch = Outputs(*results[:3]), Scratch(*results[3:])
+    saved = out.saved
     row, step, steps = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
     behind = jnp.maximum(step - 1, 0)  # the block of the recurrence
 
@@ -159,10 +150,11 @@ def _kernel(
         scratch.keep[...] = jnp.ones_like(scratch.keep)
         scratch.state[...] = jnp.zeros_like(scratch.state)
 
-    @pl.when((step > 0) & (first_ref[row, behind] != 0))
+    @pl.when((step > 0) & (segments.first[row, behind] != 0))
     def _enter():
         for h in range(blocks.heads):
-            scratch.state[h] = initial_ref[0, 0, h].T if initial else jnp.zeros((blocks.V, blocks.K), jnp.float32)
+            none = jnp.zeros((blocks.V, blocks.K), jnp.float32)
+            scratch.state[h] = none if initial_ref is None else initial_ref[0, 0, h].T
 
     units = units_of(blocks, config)
     s = chunk.scalars(refs, blocks, jnp.minimum(step, steps - 2), config)
@@ -173,7 +165,7 @@ def _kernel(
     pairs = len(unit_heads(blocks))
     recurrence = in_turn(
         [
-            together([recur(refs, o_ref, saved, u, *units[u], scratch, blocks, config, real, ready.add) for u in range(a, a + pairs)])
+            together([recur(refs, out.o, saved, u, *units[u], scratch, blocks, config, real, ready.add) for u in range(a, a + pairs)])
             for a in range(0, len(units), pairs)
         ]
     )
@@ -195,134 +187,63 @@ def _kernel(
     )
     weave(preparation, recurrence, ratio=RATIO)
 
-    @pl.when((step > 0) & (last_ref[row, behind] != 0))
+    @pl.when((step > 0) & (segments.last[row, behind] != 0))
     def _leave():
         for h in range(blocks.heads):
-            final_ref[0, 0, h] = scratch.state[h].T
-
-
-class Saved(NamedTuple):
-    """What the backward kernel needs beside the inputs."""
-
-    states: Any  # [B, HV, chunks, V, K]: S^T entering each chunk, as the products read it
-    inverses: Any  # [B, HV / n, chunks, C, n C] float32: T
-
-
-class Segments(NamedTuple):
-    """Which state enters and leaves at each block of tokens; int32 [B, blocks]."""
-
-    index: jax.Array  # the segment of the block
-    first: jax.Array  # 1: the block is its segment's first
-    last: jax.Array  # 1: the block is its segment's last
-
-
-def whole_rows(B: int, n: int) -> Segments:
-    """Every row is one segment of n blocks."""
-    at = jnp.broadcast_to(jnp.arange(n), (B, n))
-    return Segments(jnp.zeros((B, n), jnp.int32), (at == 0).astype(jnp.int32), (at == n - 1).astype(jnp.int32))
-
-
-def by_block(x: jax.Array, blocks: Blocks) -> jax.Array:
-    """[B, T, H] -> [B, H / heads, heads, T]: a block's heads as rows."""
-    B, T, H = x.shape
-    return x.reshape(B, T, H // blocks.heads, blocks.heads).transpose(0, 2, 3, 1)
+            out.final[0, 0, h] = scratch.state[h].T
 
 
 def forward(
     arrays: Refs, initial_state: jax.Array | None, segments: Segments, N: int, blocks: Blocks, config: Config,
     save: bool = False,
-) -> tuple[jax.Array, jax.Array, Saved | None]:
+) -> Outputs:
     """Outputs and final states.
 
     Args:
       arrays: q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV, K], or log decays [B, T, HV] float32, or None;
-        beta [B, T, HV]; rate, dt_bias [HV, K] float32 or None; marks [B, 4, T] float32 or None.
+        beta [B, T, HV]; rate, dt_bias [HV, K] float32 or None; marks [B, 4, T'] float32 or None.
       initial_state: [B, N, HV, K, V] float32 or None.
       segments: [B, blocks of tokens].
       N: segments that have a state of their own in each row.
       blocks: sizes.
       config: the call.
-      save: whether to return what `backward` needs.
+      save: whether to save what `backward` needs.
 
     Returns:
-      o [B, T, HV, V] in v's dtype; final states [B, N, HV, K, V] float32, defined where `segments` visits them;
+      o [B, T, HV, V] in v's dtype; final states [B, N, HV, K, V] float32, defined where ``segments`` visits them;
       `Saved` or None.
     """
-    B, T, HV, V = arrays.v.shape
-    K, C, heads, tokens = blocks.K, config.chunk, blocks.heads, blocks.tokens
-    steps = pl.cdiv(T, tokens)
-    n = len(unit_heads(blocks)[0])
-    U = len(units_of(blocks, config))
-    work = jnp.bfloat16 if blocks.passes == 1 else jnp.float32
-
+    layout = Layout(arrays, segments, N, blocks, config)
+    steps, U, n, C, K, V = layout.steps, len(units_of(blocks, config)), layout.n, config.chunk, blocks.K, blocks.V
+    work = blocks.work
     now = lambda t: jnp.minimum(t, steps - 1)  # noqa: E731
     behind = lambda t: jnp.maximum(t - 1, 0)  # noqa: E731
-    token_block = lambda width, heads, at: pl.BlockSpec(  # noqa: E731
-        (1, tokens, heads, width), lambda b, h, t, *_: (b, at(t), h, 0)
-    )
-    row_block = pl.BlockSpec((1, 1, heads, tokens), lambda b, h, t, *_: (b, h, 0, now(t)))
-    head_block = pl.BlockSpec((1, heads, K), lambda b, h, t, *_: (h, 0, 0))
-    state_block = pl.BlockSpec((1, 1, heads, K, V), lambda b, h, t, seg, *_: (b, seg[b, behind(t)], h, 0, 0))
-    specs = Refs(
-        q=token_block(K, blocks.key_heads, now),
-        k=token_block(K, blocks.key_heads, now),
-        v=token_block(V, heads, behind),
-        g=token_block(K, heads, now) if config.gate == "channel" else row_block,
-        beta=row_block,
-        rate=head_block,
-        dt_bias=head_block,
-        marks=pl.BlockSpec((1, 4, tokens), lambda b, h, t, *_: (b, 0, now(t))),
-    )
-    values = arrays._replace(
-        beta=by_block(arrays.beta, blocks),
-        g=by_block(arrays.g, blocks) if config.gate == "head" else arrays.g,
-        rate=None if arrays.rate is None else arrays.rate.reshape(HV // heads, heads, K),
-        dt_bias=None if arrays.dt_bias is None else arrays.dt_bias.reshape(HV // heads, heads, K),
-    )
-    fields = tuple(name for name in Refs._fields if getattr(values, name) is not None)
-    inputs = [getattr(values, name) for name in fields]
-    in_specs = [getattr(specs, name) for name in fields]
-    if initial_state is not None:
-        inputs.append(initial_state)
-        in_specs.append(state_block)
-    nc = tokens // C
-    saved_specs, saved_shapes = [], []
-    if save:
-        saved_specs = [
-            pl.BlockSpec((1, heads, nc, V, K), lambda b, h, t, *_: (b, h, behind(t), 0, 0)),
-            pl.BlockSpec((1, heads // n, nc, C, n * C), lambda b, h, t, *_: (b, h, now(t), 0, 0)),
-        ]
-        saved_shapes = [
-            jax.ShapeDtypeStruct((B, HV, steps * nc, V, K), work),
-            jax.ShapeDtypeStruct((B, HV // n, steps * nc, C, n * C), jnp.float32),
-        ]
-    results = pl.pallas_call(
-        functools.partial(
-            _kernel, fields=fields, blocks=blocks, config=config, initial=initial_state is not None, save=save
-        ),
+    state_block = layout.state_block(behind)
+    specs = layout.input_specs(now)._replace(v=layout.token_blocks(V, blocks.heads, behind))
+    return pl.pallas_call(
+        functools.partial(_kernel, blocks=blocks, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(B, HV // heads, steps + 1),
-            in_specs=in_specs,
-            out_specs=[token_block(V, heads, behind), state_block, *saved_specs],
-            scratch_shapes=[
-                pltpu.VMEM((heads, V, K), jnp.float32),
+            num_scalar_prefetch=1,
+            grid=(layout.B, layout.HV // blocks.heads, steps + 1),
+            in_specs=[specs, None if initial_state is None else state_block],
+            out_specs=Outputs(
+                layout.token_block(V, blocks.heads, behind), state_block, layout.saved_specs(behind, now) if save else None
+            ),
+            scratch_shapes=Scratch(
+                pltpu.VMEM((blocks.heads, V, K), jnp.float32),
                 pltpu.VMEM((U, n, 2 * C, K), work),
                 pltpu.VMEM((U, n, C, K), work),
                 pltpu.VMEM((U, C, n * C), work),
                 pltpu.VMEM((U, C, n * C), jnp.float32),
                 pltpu.VMEM((U, n, 1, K), jnp.float32),
-            ],
+            ),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B, T, HV, V), arrays.v.dtype),
-            jax.ShapeDtypeStruct((B, N, HV, K, V), jnp.float32),
-            *saved_shapes,
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+        out_shape=Outputs(
+            layout.shape(arrays.v.shape, arrays.v.dtype),
+            layout.shape((layout.B, N, layout.HV, K, V), jnp.float32),
+            layout.saved_shapes() if save else None,
         ),
-        interpret=pltpu.InterpretParams(out_of_bounds_reads="uninitialized") if blocks.interpret else False,
+        compiler_params=layout.compiler_params(),
+        interpret=blocks.interpret,
         name="delta_rule_forward",
-    )(*segments, *inputs)
-    return results[0], results[1], Saved(*results[2:]) if save else None
+    )(segments, layout.inputs(), initial_state)

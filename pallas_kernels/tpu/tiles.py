@@ -1,8 +1,10 @@
-"""One head's [C, D] out of a block [1, tokens, heads, D] as the caller laid it out, and back.
+"""One head's [C, D] out of blocks [1, tokens, heads, D] as the caller laid them out, and back.
 
-Heads lie in sublanes there, so one head's tokens are a strided read. Two bfloat16 heads share a 32-bit word:
+More than 128 channels come as several blocks of 128. Heads lie in sublanes there, so one head's tokens are a strided read. Two bfloat16 heads share a 32-bit word:
 they are read together and told apart by shifts, which costs less than unpacking one.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +21,18 @@ def _words(ref):
     return flat if ref.dtype.itemsize == 4 else flat.bitcast(jnp.uint32)
 
 
-def _plain(ref, interpret: bool) -> bool:
+def _plain(ref, interpret: Any) -> bool:
     """Whether heads are indexed one by one: an odd number of half-precision heads, or interpret mode."""
-    return interpret or (ref.dtype.itemsize == 2 and ref.shape[2] % 2 == 1)
+    return bool(interpret) or (ref.dtype.itemsize == 2 and ref.shape[2] % 2 == 1)
 
 
-def load(ref, start, size: int, heads: list[int], interpret: bool = False) -> list[jax.Array]:
+def load(parts, start, size: int, heads: list[int], interpret: Any = False) -> list[jax.Array]:
     """float32 [size, D] of each head in ``heads``, tokens ``start`` to ``start + size``."""
+    columns = [_load(ref, start, size, heads, interpret) for ref in parts]
+    return [x[0] if len(x) == 1 else jnp.concatenate(x, axis=1) for x in zip(*columns, strict=True)]
+
+
+def _load(ref, start, size: int, heads: list[int], interpret: Any) -> list[jax.Array]:
     if _plain(ref, interpret):
         return [ref[0, pl.ds(start, size), h, :].astype(jnp.float32) for h in heads]
     words, stride = _words(ref), ref.shape[2] // (4 // ref.dtype.itemsize)
@@ -42,18 +49,25 @@ def load(ref, start, size: int, heads: list[int], interpret: bool = False) -> li
     return out
 
 
-def store(ref, start, heads: list[int], values: list[jax.Array], interpret: bool = False):
-    """Writes float32 [size, D] of each head; half-precision heads in pairs (2j, 2j + 1) where they come in pairs."""
+def store(ref, start, heads: list[int], values: list[jax.Array], interpret: Any = False):
+    """Writes float32 [size, D] of each head; half-precision heads that come in pairs (2j, 2j + 1), in pairs."""
     size = values[0].shape[0]
     if _plain(ref, interpret):
         for h, x in zip(heads, values, strict=True):
             ref[0, pl.ds(start, size), h, :] = x.astype(ref.dtype)
         return
-    words, stride = _words(ref), ref.shape[2] // (4 // ref.dtype.itemsize)
-    if ref.dtype.itemsize == 4:
-        for h, x in zip(heads, values, strict=True):
-            words[0, pl.ds(start * stride + h, size, stride=stride), :] = x
-        return
-    for (h, low), high in zip(list(zip(heads, values, strict=True))[::2], values[1::2], strict=True):
-        low, high = (pltpu.bitcast(x.astype(ref.dtype).astype(jnp.float32), jnp.uint32) for x in (low, high))
-        words[0, pl.ds(start * stride + h // 2, size, stride=stride), :] = low >> 16 | high
+    rows = dict(zip(heads, values, strict=True))
+    if ref.dtype.itemsize == 2:  # rounded to half precision, in the upper half of each word
+        bits = [
+            pltpu.bitcast(x.astype(ref.dtype).astype(jnp.float32), jnp.uint32) for x in values
+        ]
+        pairs = range(0, len(heads), 2)
+        rows = {heads[j] // 2: bits[j] >> 16 | bits[j + 1] for j in pairs}
+    wide = ref.shape[3] > 128
+    words = (ref if ref.dtype.itemsize == 4 else ref.bitcast(jnp.uint32)) if wide else _words(ref)
+    stride = ref.shape[2] // (4 // ref.dtype.itemsize)
+    for row, x in rows.items():
+        if wide:
+            words[0, pl.ds(start, size), row, :] = x
+        else:
+            words[0, pl.ds(start * stride + row, size, stride=stride), :] = x
