@@ -58,10 +58,8 @@ class Work:
         self.since: list[Any] = []  # exp(G), zero where the state is not seen; None: 1
         self.until: list[Any] = []  # exp(G_C - G), zero where nothing is left
         self.keep: list[Any] = []  # exp(G_C)
-        self.dP: Any = None
         self.V: list[Any] = []
         self.R: list[Any] = []
-        self.dQ: list[Any] = []  # gradient of Q~
         self.dO: list[Any] = []
         self.dV: list[Any] = []  # P^T dO
         self.dY: list[Any] = []
@@ -123,14 +121,12 @@ class Backward:
             state = self.saved.states[0, h, c]  # [V, K]
             read = dot(_times(w.unit.heads[j].k, w.since[j]), state, NT, passes)
             w.R.append(v[j] - read)
-            w.dQ.append(dot(do[j], state, NN, passes))
             yield
         values = dot(w.T * chunk.lane_rows(s.beta, heads, c, C), diagonal(w.R), NN, 3)  # V': [C, n V]
         turned = w.unit.p.astype(self.work).T  # [nC, C]
         w.dV = [dot(turned[j * C : (j + 1) * C], x, NN, passes) for j, x in enumerate(do)]
         yield
         w.V = [values[:, j * blocks.V : (j + 1) * blocks.V] for j in range(len(heads))]
-        w.dP = relate_split(do, w.V, passes)
         w.dO = [x.astype(self.work) for x in do]
         yield
 
@@ -167,8 +163,9 @@ class Backward:
             same = chunk.lane_columns(s.mark_columns, [RUN] * n, c, C) == beside([runs] * n)
             strict, inclusive = strict & same, inclusive & same
         tiles.store(self.out.v, c * C, heads, w.dR, blocks.interpret)
-        dA = jnp.where(strict, -relate_split(w.dY, w.V, passes), 0.0)
-        dP = jnp.where(inclusive, w.dP, 0.0)
+        product = relate_split([stack(x.astype(self.work), y) for x, y in zip(w.dY, w.dO, strict=True)], w.V, passes)
+        dA = jnp.where(strict, -product[:C], 0.0)
+        dP = jnp.where(inclusive, product[C:], 0.0)
         yield
         dkk = dA * chunk.lane_columns(s.beta_columns, heads, c, C)
         through = dA * w.unit.kk
@@ -181,10 +178,11 @@ class Backward:
         for j, h in enumerate(heads):
             state = self.saved.states[0, h, c]
             head, since, until = w.unit.heads[j], w.since[j], w.until[j]
-            dk_read = -dot(w.dR[j], state, NN, passes)  # dK~
+            read = dot(stack(w.dR[j].astype(self.work), w.dO[j]), state, NN, passes)
+            dk_read, dq_read = -read[:C], read[C:]  # dK~, dQ~
             dk_write = dot(w.V[j], w.dS[j], NN, passes)  # dKbar
             yield
-            dq_h, from_read, from_write = (_times(x, f) for x, f in ((w.dQ[j], since), (dk_read, since), (dk_write, until)))
+            dq_h, from_read, from_write = (_times(x, f) for x, f in ((dq_read, since), (dk_read, since), (dk_write, until)))
             dq.append(dq_h)
             dk.append(from_read + from_write)
             if head.G is not None:

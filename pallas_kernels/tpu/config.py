@@ -72,6 +72,6 @@ def choose_blocks(T: int, H: int, HV: int, K: int, V: int, dtype, config: Config
     group = HV // H
     heads = next((n * group for n in (8, 16) if H % n == 0 and n * group <= 16), HV)
     wide = (K // VMEM_LANES or 1) * (V // VMEM_LANES or 1)
-    chunks = max(1, 16 // (heads * wide))
+    import os; chunks = max(1, int(os.environ.get("CH","16")) // (heads * wide))
     tokens = min(chunks, -(-T // config.chunk)) * config.chunk
     return Blocks(T, K, V, group, heads, tokens, 1 if jnp.dtype(dtype).itemsize < 4 else 3, interpret)

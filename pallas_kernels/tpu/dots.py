@@ -35,8 +35,11 @@ def dot(x: jax.Array, y: jax.Array, contract=NN, passes: int = 1) -> jax.Array:
     """x y in one pass, or in three with errors near 2^-16 of the factors."""
     if passes == 1:
         return bf16_dot(x, y, contract)
+    # Along the summed axis, so that the matrix units add what they can themselves.
     (xh, xl), (yh, yl) = split(x), split(y)
-    return bf16_dot(xh, yh, contract) + (bf16_dot(xh, yl, contract) + bf16_dot(xl, yh, contract))
+    (i,), (j,) = contract
+    left, right = jnp.concatenate([xh, xh], axis=i), jnp.concatenate([yh, yl], axis=j)
+    return bf16_dot(left, right, contract) + bf16_dot(xl, yh, contract)
 
 
 def dot_split_left(x: jax.Array, y: jax.Array, passes: int = 1) -> jax.Array:

@@ -124,7 +124,14 @@ class Decays:
 
     def across(self, size: int) -> jax.Array:
         """exp(-|G - border|): of odd blocks' rows since, of even blocks' rows until the border. All <= 1."""
-        return jnp.exp2(-jnp.abs(self.G - border(self.G, size)))
+        anchor = border(self.G, size)
+        if size < 8:
+            return jnp.exp2(-jnp.abs(self.G - anchor))
+        parts = []
+        for s in range(0, self.G.shape[0], 2 * size):
+            even, odd = slice(s, s + size), slice(s + size, s + 2 * size)
+            parts += [anchor[even] - self.G[even], self.G[odd] - anchor[odd]]
+        return jnp.exp2(jnp.concatenate(parts, axis=0))
 
     def inside(self) -> tuple[jax.Array, jax.Array]:
         """exp(G - middle) and exp(middle - G) of each block of ``middle`` tokens."""

@@ -57,12 +57,13 @@ def store(ref, start, heads: list[int], values: list[jax.Array], interpret: Any 
             ref[0, pl.ds(start, size), h, :] = x.astype(ref.dtype)
         return
     rows = dict(zip(heads, values, strict=True))
-    if ref.dtype.itemsize == 2:  # rounded to half precision, in the upper half of each word
-        bits = [
-            pltpu.bitcast(x.astype(ref.dtype).astype(jnp.float32), jnp.uint32) for x in values
-        ]
-        pairs = range(0, len(heads), 2)
-        rows = {heads[j] // 2: bits[j] >> 16 | bits[j + 1] for j in pairs}
+    if ref.dtype.itemsize == 2:
+        rows = {
+            heads[j] // 2: pltpu.bitcast(
+                pltpu.pack_elementwise(values[j : j + 2], packed_dtype=ref.dtype), jnp.uint32
+            )
+            for j in range(0, len(heads), 2)
+        }
     wide = ref.shape[3] > 128
     words = (ref if ref.dtype.itemsize == 4 else ref.bitcast(jnp.uint32)) if wide else _words(ref)
     stride = ref.shape[2] // (4 // ref.dtype.itemsize)
