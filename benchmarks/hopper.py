@@ -35,6 +35,11 @@ FULL_WIDTH = [
     cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="softplus"),
     cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="slow", beta_max=2.0),
     cases.Case("channel", T=1000, K=128, V=128, B=2, H=2, HV=4, decay="softplus", segments="packed"),
+    # Long enough for few heads to be split into runs.
+    cases.Case("none", T=4100, K=128, V=128, H=1, HV=2, beta_max=2.0),
+    cases.Case("head", T=4100, K=128, V=128, H=1, HV=2, decay="slow", beta_max=2.0),
+    cases.Case("channel", T=4100, K=128, V=128, H=1, HV=2, decay="slow"),
+    cases.Case("channel", T=4100, K=64, V=64, H=1, HV=2, decay="softplus", initial=False),
 ]
 
 

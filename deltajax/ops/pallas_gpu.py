@@ -10,7 +10,7 @@ from pallas_kernels.gpu import delta_rule
 from pallas_kernels.gpu.channel_relations import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
 from pallas_kernels.gpu.tiles import CHUNK
 
-HEAD_SIZES = {"none": (64, 128), "head": (64, 128), "channel": (128,)}  # K; others are filled up with zeros
+HEAD_SIZES = (64, 128)  # K; others are filled up with zeros
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 backward = chunked.backward
@@ -44,7 +44,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
         reset = jnp.broadcast_to(segments.resets(ids)[..., None], beta.shape)
 
     state = inputs.initial_state
-    sizes = HEAD_SIZES[options.gate_kind]
+    sizes = HEAD_SIZES
     q, k, v = _pad(q, sizes), _pad(k, sizes), _pad(v, None)
     if state is not None:  # transposed, [B, HV, V, K]
         missing = ((0, 0), (0, 0), (0, v.shape[-1] - V), (0, q.shape[-1] - K))

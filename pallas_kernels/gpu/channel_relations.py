@@ -92,7 +92,6 @@ def channel_relations(
         ),
         x_tile=halves_of(jnp.float16),
         y_tile=tile((CHUNK, HALF), jnp.float16),
-        z_tile=halves_of(jnp.float16),
         token_tile=plgpu.SMEM((2, CHUNK), jnp.float32),
         norm_tile=plgpu.SMEM((CHUNK,), jnp.float32),
         decay_tile=plgpu.SMEM((halves, HALF), jnp.float32),
@@ -153,7 +152,6 @@ def _body(
     g_tile,
     x_tile,
     y_tile,
-    z_tile,
     token_tile,
     norm_tile,
     decay_tile,
@@ -193,6 +191,7 @@ def _body(
     # Log decays to base 2, as two float16 terms, and their sums from the chunk's start.
     beta = plgpu.load(token_tile.at[0], layout=ROW)
     kind = rows(plgpu.load(token_tile.at[1], layout=ROW), square)
+    sums = []
     for half in range(halves):
         channels = pl.ds(half * HALF, HALF)
         g = load(g_raw[half])
@@ -201,10 +200,10 @@ def _body(
             g = activate(g, rate, plgpu.load(gate_tile.at[1, channels], layout=COLUMN), lower_bound)
         g = jnp.where(kind == PRESENT, jnp.maximum(g, MIN_LOG_DECAY), 0.0)
         g = jnp.where(kind == RESET, MIN_LOG_DECAY, g) * LOG2E
-        x_tile[half][...], z_tile[half][...] = split(g, jnp.float16)
-    plgpu.commit_smem()
-    sums = [product(HALF, (sum_tile, x_tile[i]), (sum_tile, z_tile[i])) for i in range(halves)]
-    plgpu.commit_smem()  # all warps are done with what G_tile replaces
+        x_tile[0][...], y_tile[...] = split(g, jnp.float16)
+        plgpu.commit_smem()
+        sums.append(product(HALF, (sum_tile, x_tile[0]), (sum_tile, y_tile)))
+        plgpu.commit_smem()  # all warps are done with what is overwritten next
     line = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROW)
     for half in range(halves):
         scatter_rows(G_of(half), line, sums[half])
@@ -223,33 +222,42 @@ def _body(
 
     meet = row ^ column
 
-    def relate(s, related):
-        kk, qk = related
+    def relate(i, related):
+        s = 5 - i  # finer levels overwrite what coarser ones leave near the diagonal
         size = lax.shift_left(1, s)
         anchor = (line & ~(2 * size - 1)) + (size - 1)  # last token of the even block
-        for half in range(halves):
-            G = G_of(half)
-            across = gather_rows(G, line, HALF) - gather_rows(G, anchor, HALF)
-            factor = jnp.exp2(-jnp.abs(across)).astype(jnp.float16)
-            x_tile[half][...] = plgpu.load(k_tile[half], layout=L) * factor
-            z_tile[half][...] = plgpu.load(q_tile[half], layout=L) * factor
-        plgpu.commit_smem()
-        level = (meet >> s) == 1
-        columns_of = [x_tile[i].transpose((1, 0)) for i in range(halves)]
-        kk_level = product(CHUNK, *((x_tile[i], columns_of[i]) for i in range(halves)))
-        kk = jnp.where(level, kk_level, kk)
-        qk_level = product(CHUNK, *((z_tile[i], columns_of[i]) for i in range(halves)))
-        return kk, jnp.where(level, qk_level, qk)
+
+        def multiply(kk, qk):
+            for half in range(halves):
+                G = G_of(half)
+                across = gather_rows(G, line, HALF) - gather_rows(G, anchor, HALF)
+                factor = jnp.exp2(-jnp.abs(across)).astype(jnp.float16)
+                kf = plgpu.load(k_tile[half], layout=L) * factor
+                x_tile[half][...] = kf
+                plgpu.commit_smem()
+                plgpu.wgmma(kk, kf, x_tile[half].transpose((1, 0)))
+                qf = plgpu.load(q_tile[half], layout=L) * factor
+                plgpu.wgmma(qk, qf, x_tile[half].transpose((1, 0)))
+            return kk[...], qk[...]
+
+        accumulator = plgpu.ACC(square, jnp.float32)
+        level = pl.run_scoped(multiply, accumulator, accumulator)
+        return tuple(
+            jnp.where(meet < 2 * size, plgpu.layout_cast(new, L), old)
+            for new, old in zip(level, related, strict=True)
+        )
 
     own = sum((load(q_tile[i]) * load(k_tile[i])).sum(axis=1) for i in range(halves))  # q_r . k_r
     nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
-    kk, qk = lax.fori_loop(0, 6, relate, (nothing, rows(own, square)))
+    kk, qk = lax.fori_loop(0, 6, relate, (nothing, nothing))
 
     n_column = columns(plgpu.load(norm_tile, layout=COLUMN), square)
-    qk = jnp.where(column <= row, qk * rows(m, square) * n_column, 0.0)
-    z_tile[0][...] = qk.astype(jnp.float16)
+    qk = jnp.where(row == column, rows(own, square), qk) * rows(m, square) * n_column
+    x_tile[-1][...] = jnp.where(column <= row, qk, 0.0).astype(jnp.float16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(z_tile[0], p_ref.at[b, h, c])
+    plgpu.copy_smem_to_gmem(x_tile[-1], p_ref.at[b, h, c])
+    if halves == 1:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     a = jnp.where(column < row, kk * rows(beta * n, square) * n_column, 0.0)
     x = unit_lower_inverse(a, y_tile, x_tile[0])
     x_tile[0][...] = jnp.where(column < row, x, 0.0).astype(jnp.float16)
@@ -265,13 +273,12 @@ def _body(
         decay_tile[half] = jnp.exp2(end)
         decay, left = jnp.exp2(G), jnp.exp2(columns(end, square) - G)
         q, k = plgpu.load(q_tile[half], layout=L), plgpu.load(k_tile[half], layout=L)
-        x_tile[half][...] = q * (rows(m, square) * decay).astype(jnp.float16)
-        z_tile[half][...] = k * (rows(n, square) * decay).astype(jnp.float16)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        y_tile[...] = k * (rows(n, square) * left).astype(jnp.float16)
+        q_tile[half][...] = q * (rows(m, square) * decay).astype(jnp.float16)
+        k_tile[half][...] = k * (rows(n, square) * left).astype(jnp.float16)
+        x_tile[half][...] = k * (rows(n, square) * decay).astype(jnp.float16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x_tile[half], queries_ref.at[b, h, c, :, channels])
-        plgpu.copy_smem_to_gmem(z_tile[half], reads_ref.at[b, h, c, :, channels])
-        plgpu.copy_smem_to_gmem(y_tile, keys_ref.at[b, h, c, :, channels])
+        plgpu.copy_smem_to_gmem(q_tile[half], queries_ref.at[b, h, c, :, channels])
+        plgpu.copy_smem_to_gmem(x_tile[half], reads_ref.at[b, h, c, :, channels])
+        plgpu.copy_smem_to_gmem(k_tile[half], keys_ref.at[b, h, c, :, channels])
     plgpu.copy_smem_to_gmem(decay_tile, decay_ref.at[b, h, c])
     plgpu.wait_smem_to_gmem(0)

@@ -9,6 +9,8 @@ from pallas_kernels.gpu.relations import head_relations
 from pallas_kernels.gpu.tiles import CHUNK
 
 MULTIPROCESSORS = 132
+MOST_RUNS = 8  # of a sequence
+LEAST_CHUNKS = 16  # of a run
 
 
 def head_forward(
@@ -84,7 +86,12 @@ def by_chunk(beta: jax.Array, other: jax.Array) -> jax.Array:
 
 def plan(v: jax.Array, *, channel: bool) -> Plan:
     """The walk's layout, by how many heads there are to spread over the chip."""
-    B, _, HV, V = v.shape
-    if V % 128 or B * HV < MULTIPROCESSORS:
-        return Plan(warpgroups=1, stages=2 if channel else 3)
-    return Plan(warpgroups=2, stages=2 if channel else 3)
+    B, T, HV, V = v.shape
+    stages = 2 if channel else 3
+    if V % 128 == 0 and B * HV >= MULTIPROCESSORS:
+        return Plan(warpgroups=2, stages=stages)
+    # With few heads: as many runs of a sequence as have a multiprocessor each, if that makes the second pass
+    # over the chunks worth while.
+    blocks = B * HV * (V // 64)
+    runs = min(MULTIPROCESSORS // blocks, MOST_RUNS, T // CHUNK // LEAST_CHUNKS)
+    return Plan(warpgroups=1, stages=stages, runs=runs if runs > 2 else 1)

@@ -49,10 +49,12 @@ class Plan:
     Attributes:
       warpgroups: of a block; a block owns 64 state columns for each.
       stages: chunks in flight.
+      runs: into how many runs of chunks the sequence is split, to occupy a chip that has few heads to walk.
     """
 
     warpgroups: int
     stages: int
+    runs: int = 1
 
 
 def walk(
@@ -79,37 +81,57 @@ def walk(
     Returns:
       o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32.
     """
+    if plan.runs == 1:
+        o, final = _call(chunks, v, None if state is None else state[:, None], gated, plan, outputs=True)
+        return o, final[:, 0]
+    # A run of chunks takes S^T to S^T M^T + N^T. First all runs' M and N, then each run from its own state.
+    V = v.shape[-1]
+    one = dataclasses.replace(plan, warpgroups=1)
+    (action,) = _call(chunks, v, None, gated, one, outputs=False)  # [B, runs - 1, HV, V + K, K]
+    added, moved = action[..., :V, :], action[..., V:, :]
+    states = [jnp.zeros_like(added[:, 0]) if state is None else state]
+    for i in range(plan.runs - 1):
+        before = jnp.matmul(states[i], moved[:, i], precision=lax.Precision.HIGHEST)
+        states.append(added[:, i] + before if i or state is not None else added[:, i])
+    o, final = _call(chunks, v, jnp.stack(states, axis=1), gated, plan, outputs=True)
+    return o, final[:, -1]
+
+
+def _call(chunks, v, state, gated, plan, *, outputs):
+    """The kernel: with ``outputs`` (o, states behind each run), else each run's N^T above its M^T."""
     B, _, HV, V = v.shape
     K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
     NC, num_factors = chunks.factors.shape[2:4]
     channel = chunks.keys is not None
     stages, warpgroups = plan.stages, plan.warpgroups
     scratch = dict(
-        q_tile=tile((stages, CHUNK, K), dtype),
         k_tile=tile((stages, CHUNK, K), dtype),
         v_tile=tile((stages, warpgroups, CHUNK, WIDTH), v.dtype),
         t_tile=tile((stages, CHUNK, CHUNK), dtype),
-        p_tile=tile((stages, CHUNK, CHUNK), dtype),
         factor_tile=plgpu.SMEM((stages, num_factors, CHUNK), jnp.float32),
-        o_tile=tile((warpgroups, CHUNK, WIDTH), v.dtype),
-        loaded=plgpu.Barrier(num_arrivals=5 + 2 * channel + warpgroups, num_barriers=stages),
+        loaded=plgpu.Barrier(num_arrivals=3 + 2 * channel + 2 * outputs + warpgroups, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
     if channel:
         scratch["key_tile"] = tile((stages, CHUNK, K), dtype)
         scratch["decay_tile"] = plgpu.SMEM((stages, K), jnp.float32)
+    if outputs:
+        scratch["q_tile"] = tile((stages, CHUNK, K), dtype)
+        scratch["p_tile"] = tile((stages, CHUNK, CHUNK), dtype)
+        scratch["o_tile"] = tile((warpgroups, CHUNK, WIDTH), v.dtype)
+        runs, rows_out = plan.runs, V
+    else:
+        runs, rows_out = plan.runs - 1, V + K
+    states_out = jax.ShapeDtypeStruct((B, runs, HV, rows_out, K), jnp.float32)
     kernel = plgpu.kernel(
-        partial(_body, num_chunks=NC, gated=gated, plan=plan),
-        out_type=(
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-            jax.ShapeDtypeStruct((B, HV, V, K), jnp.float32),
-        ),
+        partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
+        out_type=(jax.ShapeDtypeStruct(v.shape, v.dtype), states_out) if outputs else (states_out,),
         scratch_types=scratch,
-        grid=(V // (WIDTH * warpgroups), HV, B),
-        grid_names=("columns", "head", "batch"),
-        kernel_name="delta_walk",
+        grid=(rows_out // (WIDTH * warpgroups), HV, B * runs),
+        grid_names=("columns", "head", "batch_run"),
         num_threads=warpgroups,
         thread_name="warpgroup",
+        kernel_name="delta_walk" if outputs else "delta_runs",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
     return kernel(chunks, v, state)
@@ -119,69 +141,86 @@ def _body(
     chunks,
     v_ref,
     state_ref,
-    o_ref,
-    final_ref,
-    *,
-    q_tile,
+    *refs,
     k_tile,
     v_tile,
     t_tile,
-    p_tile,
     factor_tile,
-    o_tile,
     loaded,
     free,
     num_chunks,
     gated,
     plan,
+    outputs,
+    q_tile=None,
+    p_tile=None,
+    o_tile=None,
     key_tile=None,
     decay_tile=None,
 ):
-    h, b = lax.axis_index("head"), lax.axis_index("batch")
-    wg = lax.axis_index("warpgroup")
-    mine = pl.ds((lax.axis_index("columns") * plan.warpgroups + wg) * WIDTH, WIDTH)
-    K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
+    *o_refs, final_ref = refs
+    h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
+    num_runs = final_ref.shape[1]
+    b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
+    first_row = (lax.axis_index("columns") * plan.warpgroups + wg) * WIDTH
+    mine = pl.ds(first_row, WIDTH)
+    K, dtype, V = chunks.reads.shape[-1], chunks.reads.dtype, v_ref.shape[-1]
     scaled = dtype == jnp.float16
     square = (WIDTH, CHUNK)
     channel = chunks.keys is not None
     group = v_ref.shape[2] // chunks.reads.shape[2]
     stages, ahead = plan.stages, plan.stages - 1
+    # Rows past V are of M: they start from the identity and see no values.
+    v_columns = mine if outputs else pl.ds(lax.min(first_row, V - WIDTH), WIDTH)
+    per_run = pl.cdiv(num_chunks, plan.runs)
+    start = run * per_run
+    even = num_chunks % plan.runs == 0
+    count = per_run if even else lax.min(per_run, num_chunks - start)
 
-    def load_chunk(c, slot):
-        here, bar = pl.ds(c * CHUNK, CHUNK), loaded.at[slot]
+    def load_chunk(i, slot):
+        c, bar = start + i, loaded.at[slot]
+        here = pl.ds(c * CHUNK, CHUNK)
         of_chunk = (b, h, c) if channel else (b, here, h // group)
-        plgpu.copy_gmem_to_smem(v_ref.at[b, here, h, mine], v_tile.at[slot, wg], bar)
+        plgpu.copy_gmem_to_smem(v_ref.at[b, here, h, v_columns], v_tile.at[slot, wg], bar)
 
         @pl.when(wg == 0)
         def _shared():
             plgpu.copy_gmem_to_smem(chunks.reads.at[of_chunk], k_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.inverse.at[b, h, c], t_tile.at[slot], bar)
-            plgpu.copy_gmem_to_smem(chunks.queries.at[of_chunk], q_tile.at[slot], bar)
-            plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
             if channel:
                 plgpu.copy_gmem_to_smem(chunks.keys.at[b, h, c], key_tile.at[slot], bar)
                 plgpu.copy_gmem_to_smem(chunks.decay.at[b, h, c], decay_tile.at[slot], bar)
+            if outputs:
+                plgpu.copy_gmem_to_smem(chunks.queries.at[of_chunk], q_tile.at[slot], bar)
+                plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
 
-    @pl.loop(0, min(ahead, num_chunks))  # a loop, as a static slice may not end past T
-    def _first(c):
-        load_chunk(c, c)
+    @pl.loop(0, min(ahead, per_run) if even else lax.min(ahead, count))
+    def _first(i):
+        load_chunk(i, i)
 
-    if state_ref is None:
+    if state_ref is not None:
+        S = plgpu.load(state_ref.at[b, run, h, mine], layout=L, optimized=False)
+    elif outputs:
         S = plgpu.layout_cast(jnp.zeros((WIDTH, K), jnp.float32), L)
     else:
-        S = plgpu.load(state_ref.at[b, h, mine], layout=L, optimized=False)
+        row, column = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, K), axis, layout=L) for axis in (0, 1))
+        S = jnp.where(column == row + (first_row - V), 1.0, 0.0)
 
-    def step(c, carry):
+    def step(i, carry):
         S, unit = carry  # S^T [V, K] in multiples of unit [V]
-        slot = lax.rem(c, stages)
+        slot = lax.rem(i, stages)
         factor = factor_tile.at[slot]
 
         def by_token(which):
             return columns(plgpu.load(factor.at[which], layout=COLUMN), square)
 
         def load_v():
-            return plgpu.load(v_tile.at[slot, wg].transpose((1, 0)), layout=L).astype(jnp.float32)
+            v = plgpu.load(v_tile.at[slot, wg].transpose((1, 0)), layout=L).astype(jnp.float32)
+            if outputs:
+                return v
+            of_state = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=L) + first_row < V
+            return jnp.where(of_state, v, 0.0)
 
         if scaled:
             plgpu.barrier_wait(loaded.at[slot])
@@ -196,55 +235,74 @@ def _body(
             S_terms = split(S, dtype)
             plgpu.barrier_wait(loaded.at[slot])
 
-        def read(ks, qs):
+        def residual(kS):
+            values = v if scaled else load_v()
+            kS = plgpu.layout_cast(kS, L) * by_token(VALUE if channel else READ)
+            return values * by_token(VALUE) - kS
+
+        def read(ks, qs=None):
             for term in S_terms:
                 plgpu.wgmma(ks, term, k_tile.at[slot].transpose((1, 0)))
+            if qs is None:
+                return residual(ks[...])
             plgpu.wgmma(qs, S_terms[0], q_tile.at[slot].transpose((1, 0)))
-            kS = plgpu.layout_cast(plgpu.wgmma_accumulator_load(ks, wait_n=1), L)
-            values = v if scaled else load_v()
-            kS = kS * by_token(VALUE if channel else READ)
-            return values * by_token(VALUE) - kS, qs[...]
+            return residual(plgpu.wgmma_accumulator_load(ks, wait_n=1)), qs[...]
 
         accumulator = plgpu.ACC(square, jnp.float32)
-        R, o = pl.run_scoped(read, accumulator, accumulator)  # [V, C]
+        if outputs:
+            R, o = pl.run_scoped(read, accumulator, accumulator)  # [V, C]
+        else:
+            R = pl.run_scoped(read, accumulator)
 
-        @pl.when(c + ahead < num_chunks)
+        @pl.when(i + ahead < count)
         def _prefetch():
-            next_slot = lax.rem(c + ahead, stages)
+            next_slot = lax.rem(i + ahead, stages)
 
-            @pl.when((wg == 0) & (c > 0))
+            @pl.when((wg == 0) & (i > 0))
             def _wait():
                 plgpu.barrier_wait(free.at[next_slot])
 
-            load_chunk(c + ahead, next_slot)
+            load_chunk(i + ahead, next_slot)
 
         high, low = split(R, dtype)
         tt = t_tile.at[slot].transpose((1, 0))
         values = add_product(R, (high, tt), (low, tt))  # V'^T [V, C]
 
-        high, low = split(values, dtype)
-        pt = p_tile.at[slot].transpose((1, 0))
-        o = plgpu.layout_cast(o, L)
-        if not channel:
-            o = o * by_token(OUT)
-        o = add_product(o, (high, pt), (low, pt))  # [V, C]
+        new_terms = kept_terms = split(values, dtype)
         if channel:
             S = S * columns(plgpu.load(decay_tile.at[slot], layout=COLUMN), S.shape)
         elif gated:
-            high, low = split(values * by_token(KEEP), dtype)
+            kept_terms = split(values * by_token(KEEP), dtype)
             S = S * rows(plgpu.load(factor.at[DECAY], layout=ROW), S.shape)
         keys = key_tile.at[slot] if channel else k_tile.at[slot]
-        S = add_product(S, (high, keys), (low, keys))
+
+        def update(S_and_o):
+            for term in kept_terms:
+                plgpu.wgmma(S_and_o[0], term, keys)
+            for term in new_terms if outputs else ():
+                plgpu.wgmma(S_and_o[1], term, p_tile.at[slot].transpose((1, 0)))
+
+        if outputs:
+            o = plgpu.layout_cast(o, L)
+            if not channel:
+                o = o * by_token(OUT)
+            S, o = pl.run_state(update)((plgpu.ACC.init(S), plgpu.ACC.init(o)))  # [V, K], [V, C]
+            o = plgpu.layout_cast(o, L)
+        else:
+            (S,) = pl.run_state(update)((plgpu.ACC.init(S),))
+        S = plgpu.layout_cast(S, L)
         plgpu.barrier_arrive(free.at[slot])
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if scaled:
-            o = o * rows(unit, square)
-        o_tile.at[wg].transpose((1, 0))[...] = o.astype(o_tile.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_tile.at[wg], o_ref.at[b, pl.ds(c * CHUNK, CHUNK), h, mine])
+        if outputs:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if scaled:
+                o = o * rows(unit, square)
+            o_tile.at[wg].transpose((1, 0))[...] = o.astype(o_tile.dtype)
+            plgpu.commit_smem()
+            here = pl.ds((start + i) * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(o_tile.at[wg], o_refs[0].at[b, here, h, mine])
         return S, unit
 
-    S, unit = lax.fori_loop(0, num_chunks, step, (S, constant(1.0, ROW)))
-    final_ref.at[b, h, mine][...] = S * rows(unit, S.shape) if scaled else S
+    S, unit = lax.fori_loop(0, count, step, (S, constant(1.0, ROW)))
+    final_ref.at[b, run, h, mine][...] = S * rows(unit, S.shape) if scaled else S
     plgpu.wait_smem_to_gmem(0)
