@@ -44,17 +44,16 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
         reset = jnp.broadcast_to(segments.resets(ids)[..., None], beta.shape)
 
     state = inputs.initial_state
-    sizes = HEAD_SIZES
-    q, k, v = _pad(q, sizes), _pad(k, sizes), _pad(v, None)
+    q, k, v = _pad(q, HEAD_SIZES), _pad(k, HEAD_SIZES), _pad(v, None)
     if state is not None:  # transposed, [B, HV, V, K]
         missing = ((0, 0), (0, 0), (0, v.shape[-1] - V), (0, q.shape[-1] - K))
         state = jnp.pad(state.astype(jnp.float32).mT, missing)
     common = dict(normalize=options.normalize_qk, scale=options.scale)
     if options.gate_kind == "channel":
-        kind = jnp.full(beta.shape, PRESENT)
+        kind = None
         if ids is not None:
             kind = jnp.where(reset, RESET, jnp.where((ids != 0)[..., None], PRESENT, ABSENT))
-        g, gate = _pad(inputs.g, sizes), _gate(inputs, q.shape[-1])
+        g, gate = _pad(inputs.g, HEAD_SIZES), _gate(inputs, q.shape[-1])
         o, state = delta_rule.channel_forward(
             q, k, v, beta, g, kind, gate, state, lower_bound=options.lower_bound, **common
         )

@@ -47,6 +47,7 @@ def channel_relations(
     gate: jax.Array | None,
     *,
     lower_bound: float | None,
+    all_present: bool,
     normalize: bool,
     scale: float,
 ) -> tuple[jax.Array, ...]:
@@ -67,6 +68,7 @@ def channel_relations(
       gate: [HV, 2, K] float32, decay rate exp(A_log) and bias: ``g = -rate softplus(x + bias)``, or with a
         lower bound ``g = lower_bound sigmoid(rate (x + bias))``.
       lower_bound: of the gate.
+      all_present: the caller's promise that every token up to the last chunk's end is PRESENT.
       normalize: whether q and k are to be L2-normalised.
       scale: multiplies q.
 
@@ -95,7 +97,8 @@ def channel_relations(
         token_tile=plgpu.SMEM((2, CHUNK), jnp.float32),
         norm_tile=plgpu.SMEM((CHUNK,), jnp.float32),
         decay_tile=plgpu.SMEM((halves, HALF), jnp.float32),
-        loaded=plgpu.Barrier(num_arrivals=1 + 3 * halves + (gate is not None)),
+        g_loaded=plgpu.Barrier(num_arrivals=1 + halves + (gate is not None)),
+        loaded=plgpu.Barrier(num_arrivals=2 * halves),
     )
     if gate is not None:
         scratch["gate_tile"] = plgpu.SMEM((2, K), jnp.float32)
@@ -105,6 +108,7 @@ def channel_relations(
             halves=halves,
             group=HV // H,
             lower_bound=lower_bound,
+            all_present=all_present,
             normalize=normalize,
             scale=scale,
         ),
@@ -124,21 +128,21 @@ def channel_relations(
     return queries, reads, keys, inverse, p, decay.reshape(B, HV, NC, K)
 
 
-def activate(x: jax.Array, rate: jax.Array, bias: jax.Array, lower_bound: float | None) -> jax.Array:
-    """Log decay [64, N] of the raw projection x [64, N]; rate and bias are [N]."""
-    x, rate = x + columns(bias, x.shape), columns(rate, x.shape)
+def log2_decay(x: jax.Array, rate: jax.Array, bias: jax.Array, lower_bound: float | None) -> jax.Array:
+    """Log decay to base 2 [64, N] of the raw projection x [64, N]; rate and bias are [N]."""
+    x = x + columns(bias, x.shape)
+    rate = columns(rate * -LOG2E, x.shape)
     if lower_bound is None:
-        small = jnp.exp(-jnp.abs(x))  # softplus(x) = max(x, 0) + log(1 + small)
+        small = jnp.exp2(jnp.minimum(x, -x) * LOG2E)  # softplus(x) = max(x, 0) + log(1 + small)
         series = small * (1 - small * (0.5 - small * (1 / 3)))
-        return -rate * (jnp.maximum(x, 0.0) + jnp.where(small < 0.01, series, jnp.log(1 + small)))
-    root = lax.rsqrt(1 + jnp.exp(-rate * x))  # cheaper than a division
-    return lower_bound * root * root
+        return rate * (jnp.maximum(x, 0.0) + jnp.where(small < 0.01, series, jnp.log(1 + small)))
+    root = lax.rsqrt(1 + jnp.exp2(rate * x))  # cheaper than a division
+    return (lower_bound * LOG2E) * root * root
 
 
-def inverse_norm(parts: list[jax.Array], scale: float) -> jax.Array:
-    """[64] ``scale rsqrt(|x|^2 + 1e-6)`` of rows given as a list of their parts [64, N]."""
-    squares = [jnp.square(x.astype(jnp.float32)).sum(axis=1) for x in parts]
-    return lax.rsqrt(sum(squares[1:], squares[0]) + 1e-6) * scale
+def total(parts: list[jax.Array]) -> jax.Array:
+    """The sum of some arrays."""
+    return sum(parts[1:], parts[0])
 
 
 def _body(
@@ -155,10 +159,12 @@ def _body(
     token_tile,
     norm_tile,
     decay_tile,
+    g_loaded,
     loaded,
     halves,
     group,
     lower_bound,
+    all_present,
     normalize,
     scale,
     gate_tile=None,
@@ -169,18 +175,19 @@ def _body(
     c, h, b = (lax.axis_index(name) for name in ("chunk", "head", "batch"))
     here = pl.ds(c * CHUNK, CHUNK)
     square = (CHUNK, CHUNK)
-    plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile, loaded)
+    plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile, g_loaded)
     if gate_tile is not None:
-        plgpu.copy_gmem_to_smem(refs[0].at[h], gate_tile, loaded)
-    for half in range(halves):
-        channels = pl.ds(half * HALF, HALF)
-        plgpu.copy_gmem_to_smem(g_ref.at[b, here, h, channels], g_raw[half], loaded)
+        plgpu.copy_gmem_to_smem(refs[0].at[h], gate_tile, g_loaded)
+    halves_of_k = [pl.ds(half * HALF, HALF) for half in range(halves)]
+    for half, channels in enumerate(halves_of_k):
+        plgpu.copy_gmem_to_smem(g_ref.at[b, here, h, channels], g_raw[half], g_loaded)
+    for half, channels in enumerate(halves_of_k):
         plgpu.copy_gmem_to_smem(k_ref.at[b, here, h // group, channels], k_raw[half], loaded)
         plgpu.copy_gmem_to_smem(q_ref.at[b, here, h // group, channels], q_raw[half], loaded)
 
     row, column = iota(0), iota(1)
     sum_tile[...] = jnp.where(column <= row, 1.0, 0.0).astype(jnp.float16)
-    plgpu.barrier_wait(loaded)
+    plgpu.barrier_wait(g_loaded)
 
     def load(ref):
         return plgpu.load(ref, layout=L).astype(jnp.float32)
@@ -188,18 +195,21 @@ def _body(
     def G_of(half):
         return G_tile.at[:, pl.ds(half * HALF, HALF)]
 
-    # Log decays to base 2, as two float16 terms, and their sums from the chunk's start.
+    # Log decays to base 2, as two float16 terms, and their sums G from the chunk's start.
     beta = plgpu.load(token_tile.at[0], layout=ROW)
     kind = rows(plgpu.load(token_tile.at[1], layout=ROW), square)
     sums = []
     for half in range(halves):
         channels = pl.ds(half * HALF, HALF)
         g = load(g_raw[half])
-        if gate_tile is not None:
+        if gate_tile is None:
+            g = g * LOG2E
+        else:
             rate = plgpu.load(gate_tile.at[0, channels], layout=COLUMN)
-            g = activate(g, rate, plgpu.load(gate_tile.at[1, channels], layout=COLUMN), lower_bound)
-        g = jnp.where(kind == PRESENT, jnp.maximum(g, MIN_LOG_DECAY), 0.0)
-        g = jnp.where(kind == RESET, MIN_LOG_DECAY, g) * LOG2E
+            g = log2_decay(g, rate, plgpu.load(gate_tile.at[1, channels], layout=COLUMN), lower_bound)
+        g = jnp.maximum(g, MIN_LOG_DECAY * LOG2E)
+        if not all_present:
+            g = jnp.where(kind == PRESENT, g, jnp.where(kind == RESET, MIN_LOG_DECAY * LOG2E, 0.0))
         x_tile[0][...], y_tile[...] = split(g, jnp.float16)
         plgpu.commit_smem()
         sums.append(product(HALF, (sum_tile, x_tile[0]), (sum_tile, y_tile)))
@@ -208,15 +218,20 @@ def _body(
     for half in range(halves):
         scatter_rows(G_of(half), line, sums[half])
 
-    # q and k in float16, and their inverse norms.
-    q_halves = [plgpu.load(q_raw[i], layout=L) for i in range(halves)]
-    m = inverse_norm(q_halves, scale) if normalize else constant(scale, ROW)
+    # q and k in float16; |k|^2, |q|^2 and q . k of each token.
+    plgpu.barrier_wait(loaded)
+    kk_sums, qq_sums, own_sums = [], [], []
     for half in range(halves):
-        q_tile[half][...] = q_halves[half].astype(jnp.float16)
-    k_halves = [plgpu.load(k_raw[i], layout=L) for i in range(halves)]
-    n = inverse_norm(k_halves, 1.0) if normalize else constant(1.0, ROW)
-    for half in range(halves):
-        k_tile[half][...] = k_halves[half].astype(jnp.float16)
+        q, k = plgpu.load(q_raw[half], layout=L), plgpu.load(k_raw[half], layout=L)
+        q_tile[half][...], k_tile[half][...] = q.astype(jnp.float16), k.astype(jnp.float16)
+        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        kk_sums.append((k * k).sum(axis=1))
+        qq_sums.append((q * q).sum(axis=1))
+        own_sums.append((q * k).sum(axis=1))
+    if normalize:
+        n, m = lax.rsqrt(total(kk_sums) + 1e-6), lax.rsqrt(total(qq_sums) + 1e-6) * scale
+    else:
+        n, m = constant(1.0, ROW), constant(scale, ROW)
     norm_tile[...] = n
     plgpu.commit_smem()
 
@@ -227,17 +242,21 @@ def _body(
         size = lax.shift_left(1, s)
         anchor = (line & ~(2 * size - 1)) + (size - 1)  # last token of the even block
 
+        def decays(half):
+            G = G_of(half)
+            across = gather_rows(G, line, HALF) - gather_rows(G, anchor, HALF)
+            return jnp.exp2(jnp.minimum(across, -across)).astype(jnp.float16)
+
         def multiply(kk, qk):
+            factors = [decays(half) for half in range(halves)]
+            kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
             for half in range(halves):
-                G = G_of(half)
-                across = gather_rows(G, line, HALF) - gather_rows(G, anchor, HALF)
-                factor = jnp.exp2(-jnp.abs(across)).astype(jnp.float16)
-                kf = plgpu.load(k_tile[half], layout=L) * factor
-                x_tile[half][...] = kf
-                plgpu.commit_smem()
-                plgpu.wgmma(kk, kf, x_tile[half].transpose((1, 0)))
-                qf = plgpu.load(q_tile[half], layout=L) * factor
-                plgpu.wgmma(qk, qf, x_tile[half].transpose((1, 0)))
+                x_tile[half][...] = kf[half]
+            plgpu.commit_smem()
+            for half in range(halves):
+                xt = x_tile[half].transpose((1, 0))
+                plgpu.wgmma(kk, kf[half], xt)
+                plgpu.wgmma(qk, plgpu.load(q_tile[half], layout=L) * factors[half], xt)
             return kk[...], qk[...]
 
         accumulator = plgpu.ACC(square, jnp.float32)
@@ -247,12 +266,11 @@ def _body(
             for new, old in zip(level, related, strict=True)
         )
 
-    own = sum((load(q_tile[i]) * load(k_tile[i])).sum(axis=1) for i in range(halves))  # q_r . k_r
     nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
     kk, qk = lax.fori_loop(0, 6, relate, (nothing, nothing))
 
     n_column = columns(plgpu.load(norm_tile, layout=COLUMN), square)
-    qk = jnp.where(row == column, rows(own, square), qk) * rows(m, square) * n_column
+    qk = jnp.where(row == column, rows(total(own_sums), square), qk) * rows(m, square) * n_column
     x_tile[-1][...] = jnp.where(column <= row, qk, 0.0).astype(jnp.float16)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_tile[-1], p_ref.at[b, h, c])
@@ -281,4 +299,4 @@ def _body(
         plgpu.copy_smem_to_gmem(x_tile[half], reads_ref.at[b, h, c, :, channels])
         plgpu.copy_smem_to_gmem(k_tile[half], keys_ref.at[b, h, c, :, channels])
     plgpu.copy_smem_to_gmem(decay_tile, decay_ref.at[b, h, c])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.channel_relations import channel_relations
+from pallas_kernels.gpu.channel_relations import PRESENT, channel_relations
 from pallas_kernels.gpu.recurrence import Chunks, Plan, walk
 from pallas_kernels.gpu.relations import head_relations
 from pallas_kernels.gpu.tiles import CHUNK
@@ -50,7 +50,7 @@ def channel_forward(
     v: jax.Array,
     beta: jax.Array,
     g: jax.Array,
-    kind: jax.Array,
+    kind: jax.Array | None,
     gate: jax.Array | None,
     state: jax.Array | None,
     *,
@@ -63,14 +63,24 @@ def channel_forward(
     Args:
       q, k, v, beta, state, normalize, scale: as for `head_forward`.
       g, gate, lower_bound: as for `channel_relations.channel_relations`.
-      kind: [B, t, HV] float32, what becomes of each token (`channel_relations.PRESENT`, ...).
+      kind: [B, t, HV] float32, what becomes of each token (`channel_relations.PRESENT`, ...); None: all are
+        present.
 
     Returns:
       as `head_forward`.
     """
-    tokens = by_chunk(beta, kind)
+    all_present = kind is None and beta.shape[1] % CHUNK == 0
+    tokens = by_chunk(beta, jnp.full_like(beta, PRESENT) if kind is None else kind)
     queries, reads, keys, inverse, p, decay = channel_relations(
-        q, k, g, tokens, gate, lower_bound=lower_bound, normalize=normalize, scale=scale
+        q,
+        k,
+        g,
+        tokens,
+        gate,
+        lower_bound=lower_bound,
+        all_present=all_present,
+        normalize=normalize,
+        scale=scale,
     )
     chunks = Chunks(queries, reads, keys, inverse, p, tokens[:, :, :, :1], decay)
     return walk(chunks, v, state, gated=True, plan=plan(v, channel=True))

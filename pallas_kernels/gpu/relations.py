@@ -106,9 +106,10 @@ def _body(
     beta = plgpu.load(token_tile.at[0], layout=ROW)  # [64]
     row, column = iota(0), iota(1)
 
-    def inverse_norm(x_tile):
-        x = plgpu.load(x_tile, layout=L).astype(jnp.float32)  # [64, K]
-        return lax.rsqrt((x * x).sum(axis=1) + 1e-6)
+    def inverse_norm(ref):  # in halves, to need fewer registers
+        parts = [plgpu.load(ref.at[:, pl.ds(i, 64)], layout=L) for i in range(0, ref.shape[1], 64)]
+        squares = [jnp.square(x.astype(jnp.float32)).sum(axis=1) for x in parts]
+        return lax.rsqrt(sum(squares[1:], squares[0]) + 1e-6)
 
     if normalize:
         n, m = inverse_norm(k_tile), inverse_norm(q_tile) * scale  # [64]
@@ -131,20 +132,26 @@ def _body(
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(factor_tile, factors_ref.at[b, h, c])
 
-    n_column = plgpu.load(norm_tile, layout=COLUMN)
-    if gated:
-        between = jnp.exp(rows(G, square) - columns(plgpu.load(sum_tile, layout=COLUMN), square))
-    qk = product(CHUNK, (q_tile, k_tile.transpose((1, 0)))) * rows(m, square)
-    qk = jnp.where(column <= row, qk * between if gated else qk, 0.0)
-    p_tile[...] = qk.astype(p_tile.dtype)
+    # What columns need is loaded again wherever it is needed: registers decide how many blocks run at once.
+    def n_column():
+        return columns(plgpu.load(norm_tile, layout=COLUMN), square)
+
+    def relation(left):  # [64, 64]
+        x = product(CHUNK, (left, k_tile.transpose((1, 0))))
+        if gated:
+            across = rows(G, square) - columns(plgpu.load(sum_tile, layout=COLUMN), square)
+            x = x * jnp.exp(jnp.minimum(across, 0.0))
+        return x
+
+    p = jnp.where(column <= row, relation(q_tile) * rows(m, square), 0.0)
+    p_tile[...] = p.astype(p_tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(p_tile, p_ref.at[b, h, c])
 
-    kk = product(CHUNK, (k_tile, k_tile.transpose((1, 0)))) * rows(beta * n, square)
-    a = jnp.where(column < row, (kk * between if gated else kk) * columns(n_column, square), 0.0)
-    x = unit_lower_inverse(a, a_tile, x_tile)
-    x = jnp.where(column < row, x * rows(n, square), 0.0) / columns(n_column, square)
+    kk = relation(k_tile) * rows(beta * n, square) * n_column()
+    x = unit_lower_inverse(jnp.where(column < row, kk, 0.0), a_tile, x_tile)
+    x = jnp.where(column < row, x * rows(n, square) / n_column(), 0.0)
     t_tile[...] = x.astype(t_tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(t_tile, inverse_ref.at[b, h, c])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
