@@ -1,5 +1,6 @@
 """The device mesh, and the rules that place logical axes on it."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from deltajax.layers import shard_ops
 
 MESH_AXES = ("data", "fsdp")
 # A logical axis lies on no mesh axis (replicated), on one, or on several.
@@ -55,6 +58,10 @@ class ShardingRules:
                 used[axis] = str(name)
             placements.append(placement)
         return PartitionSpec(*placements)
+
+    def shard_ops(self, mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+        """While active, layers split their ops over the mesh as these rules place rows and heads."""
+        return shard_ops(mesh, self.batch, self.heads)
 
     def sharding(
         self, mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...], where: str = "array"

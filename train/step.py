@@ -57,9 +57,12 @@ def loss_and_grads(
     Sums of losses and of their gradients are accumulated in float32 and divided by the batch's number of
     targets once, so micro-batches of unequal length weigh what they should.
     """
-    value_and_grad = jax.value_and_grad(
-        lambda p, b: batch_loss_sum(build(p), b), has_aux=True
-    )  # of the sum, not the mean
+
+    def loss_sum(params, batch):  # the sum, not the mean
+        with rules.shard_ops(mesh):
+            return batch_loss_sum(build(params), batch)
+
+    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
     if parts == 1:
         (loss, count), grads = value_and_grad(params, batch)
     else:
@@ -114,8 +117,13 @@ def make_eval_step(
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Builds the jitted `eval_step(params, batch) -> (summed loss in nats, number of targets)`."""
     replicated = NamedSharding(mesh, PartitionSpec())
+
+    def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with rules.shard_ops(mesh):
+            return batch_loss_sum(build(params), batch)
+
     return jax.jit(
-        lambda params, batch: batch_loss_sum(build(params), batch),
+        eval_step,
         in_shardings=(param_shardings, NamedSharding(mesh, rules.spec(("batch",)))),
         out_shardings=(replicated, replicated),
     )

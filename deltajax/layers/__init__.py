@@ -8,6 +8,7 @@ from deltajax.layers.gated_delta_net import GatedDeltaNet
 from deltajax.layers.kimi_delta_attention import KimiDeltaAttention
 from deltajax.layers.norm import GatedRMSNorm, RMSNorm
 from deltajax.layers.rotary import RotaryEmbedding
+from deltajax.layers.sharding import shard_ops
 from deltajax.layers.swiglu import SwiGLU
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
+    "shard_ops",
 ]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from deltajax.layers.norm import GatedRMSNorm, RMSNorm
 from deltajax.layers.parameters import linear, parameter
+from deltajax.layers.sharding import run_op
 from deltajax.ops import Gate, delta_rule_step, short_convolution
 
 
@@ -104,16 +105,12 @@ class DeltaLayer(nnx.Module):
         if cache is not None and x.shape[1] == 1:
             o, state = self._step(cache.state, q, k, v, g, beta, gate, segment_ids)
         else:
-            o, state = self._recurrence(
-                q,
-                k,
-                v,
-                g,
-                beta,
-                gate,
+            arrays = dict(q=q, k=k, v=v, g=g, beta=beta, gate=gate, segment_ids=segment_ids)
+            arrays["initial_state"] = None if cache is None else cache.state
+            o, state = run_op(
+                self._recurrence,
+                arrays,
                 normalize_qk=True,
-                initial_state=None if cache is None else cache.state,
-                segment_ids=segment_ids,
                 chunk_size=self.chunk_size,
                 implementation=self.implementation,
             )

@@ -66,6 +66,7 @@ PRESETS = MappingProxyType(
             attn_num_heads=16,
         ),
         "kda_1p3b": _LARGE.replace(layer_pattern=("kda",)),
+        "kda_hybrid_1p3b": _LARGE.replace(layer_pattern=("kda", "kda", "kda", "full_attention")),
     }
 )
 

@@ -37,8 +37,8 @@ class Kernel:
     saving: Callable[[Inputs, Options], tuple[Array, Array, tuple[Array, ...]]] | None = None
 
 
-# Name (of `jax.ad_checkpoint.checkpoint_name`) of what kernels save for their backward halves: a remat policy may
-# save it, or leave it out and pay a second forward pass.
+# Name (of `jax.ad_checkpoint.checkpoint_name`) of what kernels save for their backward halves: a remat policy
+# may save it, or leave it out and pay a second forward pass.
 SAVED = "delta_rule_saved"
 # Lowering platform ("tpu", "cuda") -> its Pallas kernels.
 PALLAS: Mapping[str, Kernel] = {
@@ -112,7 +112,7 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
                 own = saved[platform] if platform else ()
                 return (kernel or chunked).backward(inputs, options, *cotangents, *own)
             own = ()
-            if kernel and kernel.saving:
+            if kernel is not None and kernel.saving is not None:
                 o, final, own = kernel.saving(inputs, options)
             else:
                 o, final = (kernel or chunked).forward(inputs, options)
@@ -133,9 +133,8 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
 
 
 def _saved_shapes(kernel: Kernel, inputs: Inputs, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
-    if kernel.saving is None:
-        return ()
-    return jax.eval_shape(lambda inputs: kernel.saving(inputs, options)[2], inputs)
+    saving = kernel.saving
+    return () if saving is None else jax.eval_shape(lambda inputs: saving(inputs, options)[2], inputs)
 
 
 # The identity, except that lowering it is an error: a branch for platforms that must not be lowered for.

@@ -1,6 +1,7 @@
 """The ops on TPUs: from a checked call to the kernels of `pallas_kernels.tpu`, and back."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,23 +41,21 @@ class _Call:
     """A call as the kernels take it."""
 
     arrays: Refs
-    initial: Array | None  # [B, N, HV, K, V]
+    initial: Any  # [B, N, HV, K, V]
     segments: launch.Segments
     N: int
     blocks: Blocks
     config: Config
     layout: packing.Layout | None
-    present: Array | None  # [B, N] whether a segment has tokens
+    present: Any  # [B, N] whether a segment has tokens
 
 
-def _log_decay(inputs: Inputs, options: Options) -> Array | None:
+def _log_decay(g: Array, A_log: Array | None, dt_bias: Array | None, options: Options) -> Array:
     """A per-head gate's log decays in float32; a per-channel gate is activated in the kernel."""
-    if options.gate_kind != "head" or inputs.g is None:
-        return None
-    g = inputs.g.astype(jnp.float32)
-    if inputs.A_log is None:
+    g = g.astype(jnp.float32)
+    if A_log is None:
         return g
-    return gates.activate(g, inputs.A_log, inputs.dt_bias, options.lower_bound, per_channel=False)
+    return gates.activate(g, A_log, dt_bias, options.lower_bound, per_channel=False)
 
 
 def _marks(segment_ids: Array, T: int, chunk: int) -> Float[Array, "B 4 T"]:
@@ -73,10 +72,15 @@ def _marks(segment_ids: Array, T: int, chunk: int) -> Float[Array, "B 4 T"]:
     return jnp.stack([x.astype(jnp.float32) for x in rows], axis=1)
 
 
+def _pad(x: Any, T: int) -> Any:
+    """[B, T', ...] with zeros behind, T tokens in all; None stays None."""
+    return None if x is None else jnp.pad(x, ((0, 0), (0, T - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+
+
 def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
     B, T, H, K = inputs.q.shape
     HV, V = inputs.v.shape[2:]
-    activation = None
+    activation: Any = None
     if options.gate_kind == "channel" and inputs.A_log is not None:
         activation = "softplus" if options.lower_bound is None else "bounded"
     config = Config(
@@ -84,8 +88,15 @@ def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
     )
     dtype = jnp.result_type(inputs.q, inputs.k, inputs.v)
     blocks = kernel_config.choose_blocks(T, H, HV, K, V, dtype, config, interpret)
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    beta: Any
     q, k, v, beta = inputs.q, inputs.k, inputs.v, inputs.beta
-    g = _log_decay(inputs, options) if options.gate_kind == "head" else inputs.g
+    g = inputs.g
+    if options.gate_kind == "head":
+        g = _log_decay(g, inputs.A_log, inputs.dt_bias, options)
     layout = present = marks = None
     N = options.num_segments or 1
     initial = inputs.initial_state
@@ -100,13 +111,12 @@ def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
         entry, exit_ = layout.entry.T, layout.exit.T  # [B, NC]
         order = jnp.arange(entry.shape[1])
         latest = jax.lax.cummax(jnp.where(entry >= 0, order, 0), axis=1)
-        index = jnp.maximum(jnp.take_along_axis(entry, latest, axis=1), 0)
-        parts = launch.Segments(*(x.astype(jnp.int32) for x in (index, entry >= 0, exit_ >= 0)))
+        segment = jnp.maximum(jnp.take_along_axis(entry, latest, axis=1), 0)
+        parts = launch.Segments(*(x.astype(jnp.int32) for x in (segment, entry >= 0, exit_ >= 0)))
         present = jnp.any(inputs.segment_ids[:, :, None] == jnp.arange(1, N + 1), axis=1)
     else:
-        if T < blocks.tokens:  # a block must not be longer than its array
-            pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks.tokens - T)) + ((0, 0),) * (x.ndim - 2))  # noqa: E731
-            q, k, v, g, beta = (None if x is None else pad(x) for x in (q, k, v, g, beta))
+        if blocks.tokens > T:  # a block must not be longer than its array
+            q, k, v, g, beta = (_pad(x, blocks.tokens) for x in (q, k, v, g, beta))
         n = -(-T // blocks.tokens)
         parts = launch.whole_rows(B, n)
         if inputs.segment_ids is not None:
@@ -114,7 +124,7 @@ def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
         initial = None if initial is None else initial[:, None]
     blocks = dataclasses.replace(blocks, T=T if layout is None else q.shape[1])
     rate = dt_bias = None
-    if activation is not None:
+    if activation is not None and inputs.A_log is not None:
         rate = jnp.broadcast_to(jnp.exp(inputs.A_log.astype(jnp.float32))[:, None], (HV, K))
         dt_bias = jnp.zeros((HV, K)) if inputs.dt_bias is None else inputs.dt_bias.astype(jnp.float32)
     arrays = Refs(q, k, v, g, beta, rate, dt_bias, marks)
@@ -167,11 +177,21 @@ def backward(
         do = packing.take(do, call.layout.source)
     else:
         dfinal = dfinal[:, None]
-        do = jnp.pad(do, ((0, 0), (0, call.arrays.v.shape[1] - T), (0, 0), (0, 0)))
+        do = _pad(do, call.arrays.v.shape[1])
     got = backward_kernel.backward(
-        call.arrays, launch.Saved(states, inverses), do, dfinal, call.segments, call.N, call.blocks, call.config
+        call.arrays,
+        launch.Saved(states, inverses),
+        do,
+        dfinal,
+        call.segments,
+        call.N,
+        call.blocks,
+        call.config,
     )
-    tokens = lambda x, like: None if x is None else _tokens(x, call, T).astype(like.dtype)  # noqa: E731
+
+    def tokens(x: Any, like: Any) -> Any:
+        return None if x is None else _tokens(x, call, T).astype(like.dtype)
+
     real = None if inputs.segment_ids is None else inputs.segment_ids != 0
     dA_log = ddt_bias = None
     dg = got.g
@@ -181,15 +201,11 @@ def backward(
             ddt_bias = jnp.sum(got.dt_bias, axis=0).astype(inputs.dt_bias.dtype)
         dg = tokens(dg, inputs.g)
     elif options.gate_kind == "head":
-        gated = Inputs(*[None] * len(Inputs._fields))._replace(
-            g=inputs.g, A_log=inputs.A_log, dt_bias=inputs.dt_bias
-        )
-        _, pull = jax.vjp(lambda x: _log_decay(x, options), gated)
+        _, pull = jax.vjp(partial(_log_decay, options=options), inputs.g, inputs.A_log, inputs.dt_bias)
         dlog = _tokens(dg, call, T)
         if real is not None:
             dlog = jnp.where(real[:, :, None], dlog, 0.0)
-        pulled = pull(dlog)[0]
-        dg, dA_log, ddt_bias = pulled.g, pulled.A_log, pulled.dt_bias
+        dg, dA_log, ddt_bias = pull(dlog)
     else:
         dg = tokens(dg, inputs.g)
     dinitial = None

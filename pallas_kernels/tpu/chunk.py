@@ -1,6 +1,7 @@
-"""Everything about a chunk that does not depend on the state: what the kernels prepare ahead of their recurrences.
+"""Everything about a chunk that does not depend on the state: what is prepared ahead of the recurrences.
 
-A *unit* is one chunk of n neighbouring value heads (a pair where heads come in pairs), handled side by side in lanes.
+A *unit* is one chunk of n neighbouring value heads (a pair where heads come in pairs), handled side by side
+in lanes.
 """
 
 import dataclasses
@@ -31,14 +32,14 @@ class Refs(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """A block's per-token scalars, float32, as rows and, for what scales rows of a matrix, as columns."""
+    """A block's per-token scalars, float32, as rows and, where they scale a matrix's rows, as columns."""
 
     beta: jax.Array  # [heads, tokens]
     beta_columns: jax.Array  # [tokens, heads]
-    g: jax.Array | None  # [heads, tokens] per-head log2 decays
-    marks: jax.Array | None  # [4, tokens]
-    mark_columns: jax.Array | None  # [tokens, 4]
-    real: jax.Array | None  # [tokens, 1] bool; None: all tokens are
+    g: Any  # [heads, tokens] per-head log2 decays
+    marks: Any  # [4, tokens], or None
+    mark_columns: Any  # [tokens, 4], or None
+    real: Any  # [tokens, 1] bool; None: all tokens are
 
 
 REAL, RUN, SEEN, LAST = range(4)
@@ -74,8 +75,8 @@ class Head:
     k: jax.Array
     q_factor: Any  # what q and k were multiplied by: [C, 1], or a number
     k_factor: Any
-    G: jax.Array | None = None  # [C, K] or [C, 1]
-    decays: Decays | None = None
+    G: Any = None  # [C, K] or [C, 1]
+    decays: Any = None  # Decays of a per-channel gate
 
 
 @dataclasses.dataclass
@@ -83,10 +84,10 @@ class Unit:
     """A unit while it is prepared. [C, n C] matrices hold the heads side by side."""
 
     heads: list[Head] = dataclasses.field(default_factory=list)
-    kk: jax.Array | None = None  # decayed K K^T, i < r
-    p: jax.Array | None = None  # decayed Q K^T, i <= r
-    gamma: jax.Array | None = None  # decays of a per-head gate
-    T: jax.Array | None = None  # (I + beta kk)^-1
+    kk: Any = None  # decayed K K^T, i < r
+    p: Any = None  # decayed Q K^T, i <= r
+    gamma: Any = None  # decays of a per-head gate
+    T: Any = None  # (I + beta kk)^-1
 
 
 def normalizer(x: jax.Array, scale: float, config: Config) -> Any:
@@ -103,7 +104,9 @@ def normalized_gradient(dy: jax.Array, y: jax.Array, factor: Any, scale: float, 
     return dy * factor
 
 
-def load_heads(refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blocks: Blocks, config: Config) -> Steps:
+def load_heads(
+    refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blocks: Blocks, config: Config
+) -> Steps:
     """Reads the unit's q, k and gate."""
     C = config.chunk
     real = None if s.real is None else s.real[c * C : (c + 1) * C]
@@ -151,8 +154,10 @@ def lane_rows(x: jax.Array, heads: list[int], c: int, C: int) -> jax.Array:
     return beside([x[h : h + 1, c * C : (c + 1) * C] for h in heads])
 
 
-def solve(refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blocks: Blocks, config: Config) -> Steps:
-    """Relations of the unit's tokens: sets unit.kk and unit.p, masked, and unit.heads' G of a per-head gate."""
+def solve(
+    refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blocks: Blocks, config: Config
+) -> Steps:
+    """Relations of the unit's tokens: sets unit.kk and unit.p, masked, and G of a per-head gate."""
     C, n = config.chunk, len(heads)
     shape = (C, n * C)
     row, column = iota(shape, 0), iota(shape, 1) % C
@@ -192,5 +197,7 @@ def solve(refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blocks: 
 def invert(s: Scalars, heads: list[int], c: int, unit: Unit, config: Config) -> Steps:
     """Sets unit.T = (I + beta kk)^-1."""
     out: list[jax.Array] = []
-    yield from unit_lower_inverse(unit.kk * lane_columns(s.beta_columns, heads, c, config.chunk), config.chunk, out)
+    yield from unit_lower_inverse(
+        unit.kk * lane_columns(s.beta_columns, heads, c, config.chunk), config.chunk, out
+    )
     unit.T = out[0]

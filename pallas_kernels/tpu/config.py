@@ -39,7 +39,7 @@ class Blocks:
       heads: value heads of one block.
       tokens: tokens of one block, a multiple of the chunk.
       passes: bfloat16 passes of a matrix product: 1 for bfloat16 inputs, 3 for float32 ones.
-      interpret: False, or the `InterpretParams` to run with; interpret mode cannot look at references as words.
+      interpret: False, or the `InterpretParams` to run with.
     """
 
     T: int
@@ -72,6 +72,6 @@ def choose_blocks(T: int, H: int, HV: int, K: int, V: int, dtype, config: Config
     group = HV // H
     heads = next((n * group for n in (8, 16) if H % n == 0 and n * group <= 16), HV)
     wide = (K // VMEM_LANES or 1) * (V // VMEM_LANES or 1)
-    import os; chunks = max(1, int(os.environ.get("CH","16")) // (heads * wide))
+    chunks = max(1, 16 // (heads * wide))
     tokens = min(chunks, -(-T // config.chunk)) * config.chunk
     return Blocks(T, K, V, group, heads, tokens, 1 if jnp.dtype(dtype).itemsize < 4 else 3, interpret)

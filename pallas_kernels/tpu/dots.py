@@ -27,7 +27,10 @@ def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def bf16_dot(x: jax.Array, y: jax.Array, contract=NN) -> jax.Array:
     """One pass: operands rounded to bfloat16, float32 result."""
     return lax.dot_general(
-        x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), (contract, ((), ())), preferred_element_type=jnp.float32
+        x.astype(jnp.bfloat16),
+        y.astype(jnp.bfloat16),
+        (contract, ((), ())),
+        preferred_element_type=jnp.float32,
     )
 
 

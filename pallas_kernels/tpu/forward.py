@@ -1,8 +1,8 @@
 """The forward kernel: outputs and final state in one walk over the tokens.
 
-Grid (rows, blocks of heads, blocks of tokens + 1), the last axis in order. Step t prepares block t (relations, inverse)
-into scratch memory while the recurrence runs on block t - 1, so that the recurrence's dependent products are filled
-with independent work.
+Grid (rows, blocks of heads, blocks of tokens + 1), the last axis in order. Step t prepares block t
+(relations, inverse) into scratch memory while the recurrence runs on block t - 1, so that the waits of the
+recurrence's dependent products are filled with independent work.
 """
 
 import functools
@@ -20,7 +20,6 @@ from pallas_kernels.tpu.dots import NN, NT, TN, dot, split
 from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units_of
 from pallas_kernels.tpu.relations import beside, diagonal, stack
 from pallas_kernels.tpu.weave import Steps, in_turn, staggered, together, weave
-
 
 TOGETHER = 4  # units prepared in lockstep
 RATIO = 5  # steps of preparation for each step of the recurrence
@@ -69,9 +68,18 @@ def state_factors(
 
 
 def prepare(
-    refs: Refs, s: Scalars, u: int, c: int, heads: list[int], unit: Unit, scratch: Scratch, blocks, config, free
+    refs: Refs,
+    s: Scalars,
+    u: int,
+    c: int,
+    heads: list[int],
+    unit: Unit,
+    scratch: Scratch,
+    blocks,
+    config,
+    free,
 ) -> Steps:
-    """First stage of a unit: everything but the inverse, into scratch. ``free(u)`` returns once u may be overwritten."""
+    """First stage: all but the inverse, into scratch. ``free(u)`` returns once u may be overwritten."""
     yield from chunk.load_heads(refs, s, heads, c, unit, blocks, config)
     yield from chunk.solve(refs, s, heads, c, unit, blocks, config)
     factors = state_factors(unit, s, c, blocks, config)
@@ -85,7 +93,9 @@ def prepare(
     yield
 
 
-def invert(s: Scalars, u: int, c: int, heads: list[int], unit: Unit, scratch: Scratch, saved, config) -> Steps:
+def invert(
+    s: Scalars, u: int, c: int, heads: list[int], unit: Unit, scratch: Scratch, saved, config
+) -> Steps:
     """Second stage: T beta into scratch."""
     yield from chunk.invert(s, heads, c, unit, config)
     if saved is not None:
@@ -115,9 +125,11 @@ def recur(
     rest = [x - r[:C] for x, r in zip(v, read, strict=True)]  # V - K~ S
     values = dot(m, diagonal(rest), NN, 3)  # V': [C, n V]
     yield
-    parts = list(split(values)) if blocks.passes == 1 else [values]
-    parts = [[x[:, j * blocks.V : (j + 1) * blocks.V] for j in range(n)] for x in parts]
-    o = dot(beside([p] * len(parts)), jnp.concatenate([diagonal(x) for x in parts], axis=0), NN, blocks.passes)
+    pieces = list(split(values)) if blocks.passes == 1 else [values]
+    parts = [[x[:, j * blocks.V : (j + 1) * blocks.V] for j in range(n)] for x in pieces]
+    o = dot(
+        beside([p] * len(parts)), jnp.concatenate([diagonal(x) for x in parts], axis=0), NN, blocks.passes
+    )
     update = dot(
         jnp.concatenate([y for x in parts for y in x], axis=0),
         jnp.concatenate([diagonal(writes)] * len(parts), axis=0),
@@ -165,7 +177,12 @@ def _kernel(segments: Segments, refs: Refs, initial_ref, *results, blocks: Block
     pairs = len(unit_heads(blocks))
     recurrence = in_turn(
         [
-            together([recur(refs, out.o, saved, u, *units[u], scratch, blocks, config, real, ready.add) for u in range(a, a + pairs)])
+            together(
+                [
+                    recur(refs, out.o, saved, u, *units[u], scratch, blocks, config, real, ready.add)
+                    for u in range(a, a + pairs)
+                ]
+            )
             for a in range(0, len(units), pairs)
         ]
     )
@@ -176,9 +193,12 @@ def _kernel(segments: Segments, refs: Refs, initial_ref, *results, blocks: Block
 
     parts = [Unit() for _ in units]
     prepared = [
-        prepare(refs, s, u, c, heads, parts[u], scratch, blocks, config, free) for u, (c, heads) in enumerate(units)
+        prepare(refs, s, u, c, heads, parts[u], scratch, blocks, config, free)
+        for u, (c, heads) in enumerate(units)
     ]
-    inverted = [invert(s, u, c, heads, parts[u], scratch, saved, config) for u, (c, heads) in enumerate(units)]
+    inverted = [
+        invert(s, u, c, heads, parts[u], scratch, saved, config) for u, (c, heads) in enumerate(units)
+    ]
     preparation = staggered(
         [
             (together(prepared[a : a + TOGETHER]), together(inverted[a : a + TOGETHER]))
@@ -194,7 +214,12 @@ def _kernel(segments: Segments, refs: Refs, initial_ref, *results, blocks: Block
 
 
 def forward(
-    arrays: Refs, initial_state: jax.Array | None, segments: Segments, N: int, blocks: Blocks, config: Config,
+    arrays: Refs,
+    initial_state: jax.Array | None,
+    segments: Segments,
+    N: int,
+    blocks: Blocks,
+    config: Config,
     save: bool = False,
 ) -> Outputs:
     """Outputs and final states.
@@ -210,11 +235,18 @@ def forward(
       save: whether to save what `backward` needs.
 
     Returns:
-      o [B, T, HV, V] in v's dtype; final states [B, N, HV, K, V] float32, defined where ``segments`` visits them;
-      `Saved` or None.
+      o [B, T, HV, V] in v's dtype; final states [B, N, HV, K, V] float32, defined where ``segments`` visits
+      them; `Saved` or None.
     """
     layout = Layout(arrays, segments, N, blocks, config)
-    steps, U, n, C, K, V = layout.steps, len(units_of(blocks, config)), layout.n, config.chunk, blocks.K, blocks.V
+    steps, U, n, C, K, V = (
+        layout.steps,
+        len(units_of(blocks, config)),
+        layout.n,
+        config.chunk,
+        blocks.K,
+        blocks.V,
+    )
     work = blocks.work
     now = lambda t: jnp.minimum(t, steps - 1)  # noqa: E731
     behind = lambda t: jnp.maximum(t - 1, 0)  # noqa: E731
@@ -227,7 +259,9 @@ def forward(
             grid=(layout.B, layout.HV // blocks.heads, steps + 1),
             in_specs=[specs, None if initial_state is None else state_block],
             out_specs=Outputs(
-                layout.token_block(V, blocks.heads, behind), state_block, layout.saved_specs(behind, now) if save else None
+                layout.token_block(V, blocks.heads, behind),
+                state_block,
+                layout.saved_specs(behind, now) if save else None,
             ),
             scratch_shapes=Scratch(
                 pltpu.VMEM((blocks.heads, V, K), jnp.float32),

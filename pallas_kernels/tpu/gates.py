@@ -1,5 +1,7 @@
 """Per-channel log decays inside a kernel, in units of log 2 (what the chip's exponential takes)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,26 +19,27 @@ def log1p_small(x: jax.Array) -> jax.Array:
     return jnp.where(x < 2.0**-6, series, jnp.log(1 + x))
 
 
-def log2_decay(g: jax.Array, rate: jax.Array | None, dt_bias: jax.Array | None, config: Config) -> jax.Array:
+def log2_decay(g: jax.Array, rate: Any, dt_bias: Any, config: Config) -> jax.Array:
     """log2 of each token's decay.
 
     Args:
       g: [C, K] float32, log decay, or raw where there is an activation.
-      rate: [1, K], exp(A_log).
-      dt_bias: [1, K].
+      rate: [1, K], exp(A_log), or None without activation.
+      dt_bias: [1, K], or None.
       config: the call.
     """
     if config.activation is None:
         return jnp.maximum(g, MIN_LOG_DECAY) * LOG2E
     x = g + dt_bias
     if config.activation == "bounded":
+        assert config.lower_bound is not None
         return (config.lower_bound * LOG2E) * jax.nn.sigmoid(rate * x)
     softplus = jnp.maximum(x, 0.0) + log1p_small(jnp.exp2(jnp.abs(x) * -LOG2E))
     return jnp.maximum((rate * -LOG2E) * softplus, MIN_LOG_DECAY * LOG2E)
 
 
 def log2_decay_gradients(
-    g: jax.Array, dg: jax.Array, rate: jax.Array | None, dt_bias: jax.Array | None, config: Config
+    g: jax.Array, dg: jax.Array, rate: Any, dt_bias: Any, config: Config
 ) -> tuple[jax.Array, jax.Array]:
     """Pulls the gradient of the log decay (in nats) back through `log2_decay`.
 
@@ -51,6 +54,7 @@ def log2_decay_gradients(
         return jnp.where(g > MIN_LOG_DECAY, dg, 0.0), dg
     x = g + dt_bias
     if config.activation == "bounded":
+        assert config.lower_bound is not None
         s = jax.nn.sigmoid(rate * x)
         dx = dg * (config.lower_bound * s * (1 - s) * rate)
         return dx, dx * x

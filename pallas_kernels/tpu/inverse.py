@@ -1,12 +1,12 @@
 """T = (I + A)^-1 for strictly lower triangular A, heads side by side in lanes.
 
-Diagonal blocks of 16 by forward substitution on the vector unit, exactly in float32; then twice the size at a time,
-``[[E, 0], [L, O]]^-1 = [[E^-1, 0], [-O^-1 L E^-1, O^-1]]``, on the matrix units in three bfloat16 passes (T moves by
-T dA T, so A and T must stay better than bfloat16). No power of A is formed: with repeated keys and beta = 2 powers
-grow without bound although T's entries stay at +-2.
+Diagonal blocks of 16 by forward substitution on the vector unit, exactly in float32; then twice the size at
+a time, ``[[E, 0], [L, O]]^-1 = [[E^-1, 0], [-O^-1 L E^-1, O^-1]]``, on the matrix units in three bfloat16
+passes (T moves by T dA T, so A and T must stay better than bfloat16). No power of A is formed: with repeated
+keys and beta = 2 powers grow without bound although T's entries stay at +-2.
 
-*Packed* storage [s, n C] keeps in column j the s entries that T's column j has inside its diagonal block of size s:
-a merge then streams s rows, not C, and the substitution works on all blocks of all heads at once.
+*Packed* storage [s, n C] keeps in column j the s entries that T's column j has inside its diagonal block of
+size s: a merge then streams s rows, not C, and the substitution works on all blocks of all heads at once.
 """
 
 from collections.abc import Generator
@@ -49,11 +49,11 @@ def over_heads(x: jax.Array, C: int) -> jax.Array:
     return jnp.concatenate([jnp.where(head == h, x, 0) for h in range(n)], axis=0)
 
 
-def _three_passes(x: jax.Array, y: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """x (yh + yl) for a few rows x: [s, m] float32 and y: [m, m] split."""
-    xh, xl = split(x)
-    top = bf16_dot(jnp.concatenate([xh, xl], axis=0), y[0])
-    return top[: x.shape[0]] + (top[x.shape[0] :] + bf16_dot(xh, y[1]))
+def _three_passes(x: jax.Array, y_high: jax.Array, y_low: jax.Array) -> jax.Array:
+    """x (y_high + y_low) for a few rows x: [s, m] float32."""
+    x_high, x_low = split(x)
+    top = bf16_dot(jnp.concatenate([x_high, x_low], axis=0), y_high)
+    return top[: x.shape[0]] + (top[x.shape[0] :] + bf16_dot(x_high, y_low))
 
 
 def unit_lower_inverse(a: jax.Array, C: int, out: list) -> Generator[None, None, None]:
@@ -85,12 +85,14 @@ def unit_lower_inverse(a: jax.Array, C: int, out: list) -> Generator[None, None,
     row, column = iota(a.shape, 0), iota(a.shape, 1) % C
     while size < C:
         below_even = (row // size == column // size + 1) & ((column // size) % 2 == 0)
-        L = tuple(over_heads(jnp.where(below_even, part, 0), C) for part in (high, low))
+        L_high, L_low = (over_heads(jnp.where(below_even, part, 0), C) for part in (high, low))
         yield
-        below = _three_passes(packed, L)  # O^-1 L: [size, nC], in the columns of even blocks, else 0
+        below = _three_passes(
+            packed, L_high, L_low
+        )  # O^-1 L: [size, nC], in the columns of even blocks, else 0
         yield
-        blocks = tuple(over_heads(part, C) for part in split(full))
-        below = -_three_passes(below, blocks)
+        full_high, full_low = (over_heads(part, C) for part in split(full))
+        below = -_three_passes(below, full_high, full_low)
         yield
         pair = iota(below.shape, 1) % C // (2 * size)
         zero = jnp.zeros_like(below)

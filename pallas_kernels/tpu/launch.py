@@ -24,7 +24,7 @@ class Saved(NamedTuple):
 class Segments(NamedTuple):
     """Which state enters and leaves at each block of tokens; int32 [B, blocks]."""
 
-    index: jax.Array  # the segment of the block
+    segment: jax.Array  # the segment of the block
     first: jax.Array  # 1: the block is its segment's first
     last: jax.Array  # 1: the block is its segment's last
 
@@ -32,7 +32,9 @@ class Segments(NamedTuple):
 def whole_rows(B: int, n: int) -> Segments:
     """Every row is one segment of n blocks."""
     at = jnp.broadcast_to(jnp.arange(n), (B, n))
-    return Segments(jnp.zeros((B, n), jnp.int32), (at == 0).astype(jnp.int32), (at == n - 1).astype(jnp.int32))
+    return Segments(
+        jnp.zeros((B, n), jnp.int32), (at == 0).astype(jnp.int32), (at == n - 1).astype(jnp.int32)
+    )
 
 
 def unit_heads(blocks: Blocks) -> list[list[int]]:
@@ -87,14 +89,18 @@ class Layout:
         """[1, 1, heads, K, V] of the state of the segment at a block of tokens."""
         return pl.BlockSpec(
             (1, 1, self.blocks.heads, self.blocks.K, self.blocks.V),
-            lambda b, h, t, segments: (b, segments.index[b, at(t)], h, 0, 0),
+            lambda b, h, t, segments: (b, segments.segment[b, at(t)], h, 0, 0),
         )
 
     def input_specs(self, at: At) -> Refs:
         """Of `inputs`."""
         a, blocks = self.arrays, self.blocks
         head_block = pl.BlockSpec((1, blocks.heads, blocks.K), lambda b, h, t, _: (h, 0, 0))
-        g = self.token_blocks(blocks.K, blocks.heads, at) if self.config.gate == "channel" else self.row_block(at)
+        g = (
+            self.token_blocks(blocks.K, blocks.heads, at)
+            if self.config.gate == "channel"
+            else self.row_block(at)
+        )
         return Refs(
             q=self.token_blocks(blocks.K, blocks.key_heads, at),
             k=self.token_blocks(blocks.K, blocks.key_heads, at),
@@ -134,7 +140,14 @@ class Layout:
         if marks is not None:
             marks = marks.reshape(self.B, 4, self.steps, blocks.tokens).transpose(0, 2, 1, 3)
         return Refs(
-            parts(a.q), parts(a.k), parts(a.v), g, self.by_block(a.beta), by_head(a.rate), by_head(a.dt_bias), marks
+            parts(a.q),
+            parts(a.k),
+            parts(a.v),
+            g,
+            self.by_block(a.beta),
+            by_head(a.rate),
+            by_head(a.dt_bias),
+            marks,
         )
 
     def saved_specs(self, states_at: At, inverses_at: At) -> Saved:

@@ -1,8 +1,9 @@
 """What a chunk's tokens are to each other: decayed K K^T and Q K^T, a head's [C, C] beside the next in lanes.
 
-``exp(G_r - G_i) <= 1`` wherever it is used, but not its factors. They are taken about an *anchor*: across the border
-between two blocks both are at most 1; inside a block, about its middle, they stay within float32 while half a
-block's log decays sum to less than `SAFE` nats. Blocks that may decay more are halved, down to single tokens.
+``exp(G_r - G_i) <= 1`` wherever it is used, but not its factors. They are taken about an *anchor*: across
+the border between two blocks both are at most 1; inside a block, about its middle, they stay within float32
+while half a block's log decays sum to less than `SAFE` nats. Blocks that may decay more are halved, down to
+single tokens.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ SAFE = 80.0  # nats: exp(+-80) and its products with keys are far from float32's
 
 def middle_block(config: Config) -> int:
     """Size of the largest blocks whose inside may be anchored at the middle; 1: none may."""
-    if config.activation != "bounded":
+    if config.activation != "bounded" or config.lower_bound is None:
         return 1
     size = config.chunk
     while size > 1 and -config.lower_bound * size / 2 > SAFE:
@@ -38,7 +39,9 @@ def diagonal(xs: list[jax.Array]) -> jax.Array:
     if len(xs) == 1:
         return xs[0]
     zero = jnp.zeros_like(xs[0])
-    return jnp.concatenate([beside([x if i == j else zero for j in range(len(xs))]) for i, x in enumerate(xs)], axis=0)
+    return jnp.concatenate(
+        [beside([x if i == j else zero for j in range(len(xs))]) for i, x in enumerate(xs)], axis=0
+    )
 
 
 def relate(rows: list[jax.Array], columns: list[jax.Array], passes: int) -> jax.Array:
@@ -115,7 +118,7 @@ def border(G: jax.Array, size: int) -> jax.Array:
 
 
 class Decays:
-    """A chunk's cumulative log2 decays of one head, and the factors that relate its tokens across each anchor."""
+    """A chunk's cumulative log2 decays of one head, and the factors across each anchor."""
 
     def __init__(self, G: jax.Array, config: Config):
         self.G = G
@@ -144,8 +147,8 @@ class Decays:
         return jnp.exp2(difference), jnp.exp2(-difference)
 
 
-def meet_at(shape: tuple[int, int], C: int, size: int) -> jax.Array:
-    """Whether a [C, nC] entry's row lies in an odd block of ``size`` and its column in the even one before."""
+def meet_at(shape: tuple[int, ...], C: int, size: int) -> jax.Array:
+    """Whether a [C, nC] entry's row is in an odd block of ``size`` and its column in the even one before."""
     row, column = iota(shape, 0), iota(shape, 1) % C
     return (row // size == column // size + 1) & ((column // size) % 2 == 0)
 
@@ -160,8 +163,8 @@ def channel_relations(
       decays: of each head.
       C: chunk size.
       passes: of the products.
-      out: receives kk (rows after columns; elsewhere arbitrary, maybe not finite) and qk (the same, and its diagonal),
-        both [C, n C] float32.
+      out: receives kk (rows after columns; elsewhere arbitrary, maybe not finite) and qk (the same, and
+        its diagonal), both [C, n C] float32.
     """
     n = len(q)
     shape = (C, n * C)
@@ -204,7 +207,7 @@ def channel_relations(
 
 
 class RelationGradients(NamedTuple):
-    """Of each head [C, K] float32, or of the log2 decays' cumulative sums in nats: [C, K]."""
+    """Of each head, [C, K] float32; G's in nats."""
 
     q: list[jax.Array]
     k: list[jax.Array]
@@ -223,9 +226,10 @@ def channel_relation_gradients(
 ) -> Steps:
     """Pulls gradients of `channel_relations` back to q, k and G.
 
-    With rows x_r = x exp(G_r - anchor) and columns y_i = k exp(anchor - G_i), each anchor's products are x y^T: plain
-    products, pulled back as such. dG_r gains x_r dx_r and dG_i loses y_i dy_i, both with the operands as they were
-    rounded, so that what cancels in a sum over tokens cancels exactly; the anchor's own share is zero.
+    With rows x_r = x exp(G_r - anchor) and columns y_i = k exp(anchor - G_i), each anchor's products are
+    x y^T: plain products, pulled back as such. dG_r gains x_r dx_r and dG_i loses y_i dy_i, both with the
+    operands as they were rounded, so that what cancels in a sum over tokens cancels exactly; the anchor's own
+    share is zero.
 
     Args:
       q, k, decays: as there.
@@ -277,7 +281,8 @@ def channel_relation_gradients(
             yield
     if middle == 1:  # q_r k_r on the diagonal, undecayed
         for h in heads:
-            same = jnp.sum(jnp.where((row == column) & (iota(dqk.shape, 1) // C == h), dqk, 0.0), axis=1, keepdims=True)
+            own = (row == column) & (iota(dqk.shape, 1) // C == h)
+            same = jnp.sum(jnp.where(own, dqk, 0.0), axis=1, keepdims=True)
             dq[h] += same * k[h]
             dk[h] += same * q[h]
     out.q.extend(dq)

@@ -1,7 +1,8 @@
 """One head's [C, D] out of blocks [1, tokens, heads, D] as the caller laid them out, and back.
 
-More than 128 channels come as several blocks of 128. Heads lie in sublanes there, so one head's tokens are a strided read. Two bfloat16 heads share a 32-bit word:
-they are read together and told apart by shifts, which costs less than unpacking one.
+Heads lie in sublanes there, so one head's tokens are a strided read; only blocks of at most 128 lanes can be
+read so, and more channels come as several. Two bfloat16 heads share a 32-bit word: they are read together and
+told apart by shifts, which costs less than unpacking one.
 """
 
 from typing import Any
@@ -50,7 +51,7 @@ def _load(ref, start, size: int, heads: list[int], interpret: Any) -> list[jax.A
 
 
 def store(ref, start, heads: list[int], values: list[jax.Array], interpret: Any = False):
-    """Writes float32 [size, D] of each head; half-precision heads that come in pairs (2j, 2j + 1), in pairs."""
+    """Writes float32 [size, D] of each head; half-precision heads (2j, 2j + 1) together."""
     size = values[0].shape[0]
     if _plain(ref, interpret):
         for h, x in zip(heads, values, strict=True):

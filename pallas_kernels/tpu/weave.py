@@ -1,8 +1,8 @@
 """Emission order of independent work.
 
-The compiler schedules a kernel's straight-line code roughly in program order, and a matrix product answers only after
-some 200 cycles. Work is therefore written as generators that yield between dependent steps; running several of them
-side by side fills one chain's waits with another's instructions.
+The compiler schedules a kernel's straight-line code roughly in program order, and a matrix product answers
+only after some 200 cycles. Work is therefore written as generators that yield between dependent steps;
+running several of them side by side fills one chain's waits with another's instructions.
 """
 
 from collections.abc import Generator, Sequence

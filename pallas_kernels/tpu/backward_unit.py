@@ -1,0 +1,302 @@
+"""One grid step of the backward kernel: the stages its units go through. The maths is in `backward`."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tpu import chunk, gates, tiles
+from pallas_kernels.tpu.chunk import LAST, RUN, SEEN, Refs, Scalars, Unit
+from pallas_kernels.tpu.config import Blocks, Config
+from pallas_kernels.tpu.dots import NN, NT, TN, bf16_dot, dot, split
+from pallas_kernels.tpu.inverse import iota
+from pallas_kernels.tpu.launch import Saved
+from pallas_kernels.tpu.relations import (
+    RelationGradients,
+    beside,
+    channel_relation_gradients,
+    diagonal,
+    relate_split,
+    relations_pulled,
+    stack,
+)
+from pallas_kernels.tpu.weave import Steps
+
+
+class Gradients(NamedTuple):
+    """Output blocks; laid out as the inputs. Absent ones are None."""
+
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    beta: Any
+    log_rate: Any  # [1, 1, heads, K] float32, to be summed over channels: of A_log
+    dt_bias: Any  # [1, 1, heads, K] float32
+    state: Any  # of the initial states [1, 1, heads, K, V]
+
+
+class Work:
+    """What one unit carries from stage to stage; lists hold an entry for each head, [C, .] float32."""
+
+    def __init__(self):
+        self.unit = Unit()
+        self.since: list[Any] = []  # exp(G), zero where the state is not seen; None: 1
+        self.until: list[Any] = []  # exp(G_C - G), zero where nothing is left
+        self.keep: list[Any] = []  # exp(G_C)
+        self.V: list[Any] = []
+        self.R: list[Any] = []
+        self.dO: list[Any] = []
+        self.dV: list[Any] = []  # P^T dO
+        self.dY: list[Any] = []
+        self.dR: list[Any] = []
+        self.dS: list[Any] = []
+        self.T: Any = None
+
+
+def _times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    return x if factor is None else x * factor
+
+
+class Backward:
+    """One grid step."""
+
+    def __init__(
+        self,
+        refs: Refs,
+        saved: Saved,
+        do_ref,
+        out: Gradients,
+        dstate,
+        s: Scalars,
+        blocks: Blocks,
+        config: Config,
+    ):
+        self.refs, self.saved, self.do_ref, self.out, self.dstate = refs, saved, do_ref, out, dstate
+        self.s, self.blocks, self.config = s, blocks, config
+        self.C, self.passes = config.chunk, blocks.passes
+        self.work = jnp.bfloat16 if blocks.passes == 1 else jnp.float32
+        self.key_gradients: dict[
+            tuple[int, int], Any
+        ] = {}  # (chunk, key head) -> [value heads to come, dq, dk, Head]
+        self.columns: dict[int, tuple[Any, Any]] = {}  # chunk -> (dbeta, dg) [C, heads]
+
+    def rows(self, x, c):
+        """A chunk's part of [tokens, .]."""
+        return x[c * self.C : (c + 1) * self.C]
+
+    def factors(self, w: Work, c: int):
+        """exp(G), exp(G_C - G) and exp(G_C), with the marks of packed rows."""
+        for head in w.unit.heads:
+            since = until = keep = None
+            if head.G is not None:
+                total = head.G[self.C - 1 : self.C]
+                since, until, keep = jnp.exp2(head.G), jnp.exp2(total - head.G), jnp.exp2(total)
+            if self.s.marks is not None:
+                marks = self.rows(self.s.mark_columns, c)
+                seen, last = marks[:, SEEN : SEEN + 1], marks[:, LAST : LAST + 1]
+                since = seen if since is None else since * seen
+                until = last if until is None else until * last
+                keep = seen[self.C - 1 : self.C] if keep is None else keep * seen[self.C - 1 : self.C]
+            w.since.append(since)
+            w.until.append(until)
+            w.keep.append(keep)
+
+    def prepare(self, w: Work, c: int, heads: list[int]) -> Steps:
+        """What does not need dS."""
+        C, s, blocks, config, passes = self.C, self.s, self.blocks, self.config, self.passes
+        yield from chunk.load_heads(self.refs, s, heads, c, w.unit, blocks, config)
+        yield from chunk.solve(self.refs, s, heads, c, w.unit, blocks, config)
+        self.factors(w, c)
+        v = tiles.load(self.refs.v, c * C, C, heads, blocks.interpret)
+        do = tiles.load(self.do_ref, c * C, C, heads, blocks.interpret)
+        if s.real is not None:
+            real = self.rows(s.real, c)
+            v, do = ([jnp.where(real, x, 0.0) for x in xs] for xs in (v, do))
+        yield
+        w.T = self.saved.inverses[0, heads[0] // len(heads), c]  # [C, nC]
+        for j, h in enumerate(heads):
+            state = self.saved.states[0, h, c]  # [V, K]
+            read = dot(_times(w.unit.heads[j].k, w.since[j]), state, NT, passes)
+            w.R.append(v[j] - read)
+            yield
+        values = dot(w.T * chunk.lane_rows(s.beta, heads, c, C), diagonal(w.R), NN, 3)  # V': [C, n V]
+        turned = w.unit.p.astype(self.work).T  # [nC, C]
+        w.dV = [dot(turned[j * C : (j + 1) * C], x, NN, passes) for j, x in enumerate(do)]
+        yield
+        w.V = [values[:, j * blocks.V : (j + 1) * blocks.V] for j in range(len(heads))]
+        w.dO = [x.astype(self.work) for x in do]
+        yield
+
+    def recur(self, w: Work, c: int, heads: list[int]) -> Steps:
+        """dS from behind the chunk to before it."""
+        C, passes = self.C, self.passes
+        w.dS = [self.dstate[h] for h in heads]
+        for j in range(len(heads)):
+            w.dV[j] = w.dV[j] + dot(_times(w.unit.heads[j].k, w.until[j]), w.dS[j], NT, passes)
+        yield
+        turned = w.T.T  # [nC, C]
+        w.dY = [dot(turned[j * C : (j + 1) * C], x, NN, 3) for j, x in enumerate(w.dV)]
+        yield
+        for j, h in enumerate(heads):
+            dr = w.dY[j] * self.rows(self.s.beta_columns, c)[:, h : h + 1]
+            w.dR.append(dr)
+            parts = split(-dr) if passes == 1 else (-dr,)
+            head = w.unit.heads[j]
+            reads = [_times(x, w.since[j]).astype(self.work) for x in (head.q, head.k)]
+            left = jnp.concatenate([w.dO[j], *parts], axis=0)
+            right = jnp.concatenate([reads[0], *[reads[1]] * len(parts)], axis=0)
+            self.dstate[h] = _times(w.dS[j], w.keep[j]) + dot(left, right, TN, passes)
+        yield
+
+    def finish(self, w: Work, c: int, heads: list[int]) -> Steps:
+        """From the chunk's own gradients to those of the inputs."""
+        C, s, blocks, config, passes = self.C, self.s, self.blocks, self.config, self.passes
+        n = len(heads)
+        shape = (C, n * C)
+        row, column, lane = iota(shape, 0), iota(shape, 1) % C, iota(shape, 1)
+        strict, inclusive = row > column, row >= column
+        if s.marks is not None:
+            runs = s.marks[RUN : RUN + 1, c * C : (c + 1) * C]
+            same = chunk.lane_columns(s.mark_columns, [RUN] * n, c, C) == beside([runs] * n)
+            strict, inclusive = strict & same, inclusive & same
+        tiles.store(self.out.v, c * C, heads, w.dR, blocks.interpret)
+        product = relate_split(
+            [stack(x.astype(self.work), y) for x, y in zip(w.dY, w.dO, strict=True)], w.V, passes
+        )
+        dA = jnp.where(strict, -product[:C], 0.0)
+        dP = jnp.where(inclusive, product[C:], 0.0)
+        yield
+        dkk = dA * chunk.lane_columns(s.beta_columns, heads, c, C)
+        through = dA * w.unit.kk
+        for j, h in enumerate(heads):
+            dbeta = jnp.sum(w.dY[j] * w.R[j], axis=1, keepdims=True)
+            dbeta += jnp.sum(jnp.where(lane // C == j, through, 0.0), axis=1, keepdims=True)
+            self.set_column(c, h, 0, dbeta)
+        yield
+        dq, dk, dG, dtotal = [], [], [], []
+        for j, h in enumerate(heads):
+            state = self.saved.states[0, h, c]
+            head, since, until = w.unit.heads[j], w.since[j], w.until[j]
+            read = dot(stack(w.dR[j].astype(self.work), w.dO[j]), state, NN, passes)
+            dk_read, dq_read = -read[:C], read[C:]  # dK~, dQ~
+            dk_write = dot(w.V[j], w.dS[j], NN, passes)  # dKbar
+            yield
+            dq_h, from_read, from_write = (
+                _times(x, f) for x, f in ((dq_read, since), (dk_read, since), (dk_write, until))
+            )
+            dq.append(dq_h)
+            dk.append(from_read + from_write)
+            if head.G is not None:
+                written = from_write * head.k
+                dG.append(dq_h * head.q + from_read * head.k - written)
+                kept = jnp.sum(state.astype(jnp.float32) * w.dS[j], axis=0, keepdims=True) * w.keep[j]
+                dtotal.append(kept + jnp.sum(written, axis=0, keepdims=True))  # [1, K]
+            yield
+        if config.gate == "channel":
+            got = RelationGradients([], [], [])
+            of = w.unit.heads
+            yield from channel_relation_gradients(
+                [x.q for x in of], [x.k for x in of], [x.decays for x in of], dkk, dP, C, passes, got
+            )
+            for j in range(n):
+                dq[j], dk[j], dG[j] = dq[j] + got.q[j], dk[j] + got.k[j], dG[j] + got.G[j]
+            yield from self.channel_gate(heads, c, dG, dtotal)
+        else:
+            if config.gate == "head":
+                both = dkk * w.unit.kk + dP * w.unit.p  # gradient of G_r - G_i
+                yield from self.head_gate(heads, c, both, dG, dtotal)
+                dkk, dP = dkk * w.unit.gamma, dP * w.unit.gamma
+            rows = [stack(x.k, x.q).astype(self.work) for x in w.unit.heads]
+            columns = [x.k.astype(self.work) for x in w.unit.heads]
+            drows, dcolumns = relations_pulled(stack(dkk, dP), rows, columns, C, passes)
+            for j in range(n):
+                x = drows[:, j * blocks.K : (j + 1) * blocks.K]
+                dq[j] = dq[j] + x[C:]
+                dk[j] = dk[j] + x[:C] + dcolumns[j]
+            yield
+        for j, h in enumerate(heads):
+            self.add_keys(c, h, dq[j], dk[j], w.unit.heads[j])
+        yield
+
+    def suffix_sums(self, x: jax.Array) -> jax.Array:
+        """Sum over the tokens from each on: [C, D]."""
+        C = self.C
+        triu = jnp.where(iota((C, 2 * C), 0) <= iota((C, 2 * C), 1) % C, 1.0, 0.0).astype(jnp.bfloat16)
+        return bf16_dot(triu, jnp.concatenate(split(x), axis=0))
+
+    def channel_gate(self, heads, c, dG, dtotal) -> Steps:
+        """Gradients of a per-channel gate: dg_t sums dG over the tokens from t on."""
+        C, refs, s = self.C, self.refs, self.s
+        raw = tiles.load(refs.g, c * C, C, heads, self.blocks.interpret)
+        out = []
+        for j, h in enumerate(heads):
+            dg = self.suffix_sums(dG[j]) + dtotal[j]
+            rate = None if refs.rate is None else refs.rate[0, h : h + 1]
+            dt = None if refs.dt_bias is None else refs.dt_bias[0, h : h + 1]
+            g = raw[j]
+            if s.real is not None:
+                real = self.rows(s.real, c)
+                g, dg = jnp.where(real, g, 0.0), jnp.where(real, dg, 0.0)
+            yield
+            dx, dlog_rate = gates.log2_decay_gradients(g, dg, rate, dt, self.config)
+            if self.out.dt_bias is not None:
+                self.out.dt_bias[0, 0, h : h + 1] += jnp.sum(dx, axis=0, keepdims=True)
+                self.out.log_rate[0, 0, h : h + 1] += jnp.sum(dlog_rate, axis=0, keepdims=True)
+            out.append(dx)
+            yield
+        tiles.store(self.out.g, c * C, heads, out, self.blocks.interpret)
+        yield
+
+    def head_gate(self, heads, c, both, dG, dtotal) -> Steps:
+        """Gradients of a per-head gate: of the relations' pairs r >= t > i and of the state's factors."""
+        C, n = self.C, len(heads)
+        crossing = self.suffix_sums(both)  # [t, i]: sum over r >= t
+        shape = (C, n * C)
+        crossing = jnp.where(iota(shape, 0) > iota(shape, 1) % C, crossing, 0.0)
+        own = jnp.zeros((C, 128), jnp.float32)
+        for j in range(n):
+            own = jnp.where(iota(own.shape, 1) == j, jnp.sum(dG[j], axis=1, keepdims=True), own)
+        own = self.suffix_sums(own)
+        yield
+        for j, h in enumerate(heads):
+            pairs = jnp.sum(jnp.where(iota(shape, 1) // C == j, crossing, 0.0), axis=1, keepdims=True)
+            total = jnp.sum(dtotal[j], axis=1, keepdims=True)
+            self.set_column(c, h, 1, pairs + own[:, j : j + 1] + total)
+        yield
+
+    def set_column(self, c: int, h: int, which: int, column: jax.Array):
+        """Puts a head's column into the chunk's [C, heads] of dbeta (0) or dg (1)."""
+        shape = (self.C, self.blocks.heads)
+        current = list(self.columns.get(c, (jnp.zeros(shape, jnp.float32),) * 2))
+        current[which] = jnp.where(iota(shape, 1) == h, column, current[which])
+        self.columns[c] = tuple(current)
+
+    def add_keys(self, c: int, h: int, dq, dk, head: chunk.Head):
+        """Sums over the value heads that share a key head; stores key heads, in pairs, once complete."""
+        group, config = self.blocks.group, self.config
+        key = (c, h // group)
+        count, q_sum, k_sum, _ = self.key_gradients.get(key, (0, 0.0, 0.0, None))
+        self.key_gradients[key] = (count + 1, q_sum + dq, k_sum + dk, head)
+        n = 2 if self.blocks.key_heads % 2 == 0 else 1
+        first = key[1] // n * n
+        keys = [(c, first + i) for i in range(n)]
+        entries = [self.key_gradients[k] for k in keys if k in self.key_gradients]
+        if len(entries) < n or any(entry[0] < group for entry in entries):
+            return
+        dqs, dks = [], []
+        for _, q_sum, k_sum, head in entries:
+            dqs.append(chunk.normalized_gradient(q_sum, head.q, head.q_factor, config.scale, config))
+            dks.append(chunk.normalized_gradient(k_sum, head.k, head.k_factor, 1.0, config))
+        at = [k[1] for k in keys]
+        tiles.store(self.out.q, c * self.C, at, dqs, self.blocks.interpret)
+        tiles.store(self.out.k, c * self.C, at, dks, self.blocks.interpret)
+
+    def store_columns(self):
+        """Writes dbeta and a per-head dg, tokens along lanes."""
+        for c, (dbeta, dg) in self.columns.items():
+            tokens = pl.ds(c * self.C, self.C)
+            self.out.beta[0, 0, 0, :, tokens] = dbeta.T
+            if self.config.gate == "head":
+                self.out.g[0, 0, 0, :, tokens] = dg.T
