@@ -18,22 +18,52 @@ from pallas_kernels.tpu.chunk import Refs
 from pallas_kernels.tpu.config import Blocks, Config
 
 CHUNK = 64
-SIZES = (64, 128, 192, 256)
+LANES = 64  # K and V are multiples of this
+WIDTHS = (64, 128, 256, 512)  # what the kernels take; sizes between are padded
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
     """Why the kernels cannot run a call, or None."""
-    K, V = inputs.q.shape[-1], inputs.v.shape[-1]
-    for name, size, sizes in (("K", K, SIZES), ("V", V, (*SIZES, 512))):
-        if size not in sizes:
-            return f"{name} must be one of {', '.join(map(str, sizes))}, got {size}"
+    for name, size, most in (("K", inputs.q.shape[-1], 256), ("V", inputs.v.shape[-1], 512)):
+        if size % LANES or size > most:
+            return f"{name} must be a multiple of {LANES} up to {most}, got {size}"
     for name in ("q", "k", "v", "g", "beta"):
         x = getattr(inputs, name)
         if x is not None and x.dtype not in (jnp.bfloat16, jnp.float32):
             return f"{name} must be bfloat16 or float32, got {x.dtype}"
+    for name in ("A_log", "dt_bias", "initial_state"):
+        x = getattr(inputs, name)
+        if x is not None and x.dtype == jnp.float64:
+            return f"{name} must not be float64"
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size must be {CHUNK} or None, got {options.chunk_size}"
     return None
+
+
+def _fit(x: Any, shape: tuple[int, ...]) -> Any:
+    """Pads with zeros or cuts every axis of x to ``shape``; None stays None."""
+    if x is None or x.shape == shape:
+        return x
+    x = x[tuple(slice(0, n) for n in shape)]
+    return jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
+
+
+def _widened(inputs: Inputs, options: Options) -> Inputs:
+    """The same call with K and V padded to one of `WIDTHS`: channels of zeros change nothing."""
+    K, V = (next(w for w in WIDTHS if w >= x.shape[-1]) for x in (inputs.q, inputs.v))
+
+    def last(x: Any, *ends: int) -> Any:
+        return None if x is None else _fit(x, (*x.shape[: -len(ends)], *ends))
+
+    channel = options.gate_kind == "channel"
+    return inputs._replace(
+        q=last(inputs.q, K),
+        k=last(inputs.k, K),
+        v=last(inputs.v, V),
+        g=last(inputs.g, K) if channel else inputs.g,
+        dt_bias=last(inputs.dt_bias, K) if channel else inputs.dt_bias,
+        initial_state=last(inputs.initial_state, K, V),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,16 +178,18 @@ def saving(inputs: Inputs, options: Options, interpret: Any = False) -> tuple[Ar
 
 
 def _forward(inputs: Inputs, options: Options, save: bool, interpret: Any) -> tuple[Array, Array, tuple]:
-    T = inputs.q.shape[1]
-    call = _call(inputs, options, interpret)
+    _, T, _, K = inputs.q.shape
+    V = inputs.v.shape[-1]
+    call = _call(_widened(inputs, options), options, interpret)
     o, final, saved = forward_kernel.forward(
         call.arrays, call.initial, call.segments, call.N, call.blocks, call.config, save
     )
     if call.layout is None:
-        return _tokens(o, call, T), final[:, 0], tuple(saved or ())
-    initial = 0.0 if call.initial is None else call.initial
-    final = jnp.where(call.present[:, :, None, None, None], final, initial)
-    return _tokens(o, call, T), final, tuple(saved or ())
+        final = final[:, 0]
+    else:
+        initial = 0.0 if call.initial is None else call.initial
+        final = jnp.where(call.present[:, :, None, None, None], final, initial)
+    return _tokens(o, call, T)[..., :V], final[..., :K, :V], tuple(saved or ())
 
 
 def backward(
@@ -170,9 +202,11 @@ def backward(
     interpret: Any = False,
 ) -> Inputs:
     """Gradients of all float inputs, None for the others."""
+    given, inputs = inputs, _widened(inputs, options)
     T = inputs.q.shape[1]
     call = _call(inputs, options, interpret)
-    dfinal = dfinal.astype(jnp.float32)
+    do = _fit(do, (*do.shape[:-1], call.blocks.V))
+    dfinal = _fit(dfinal.astype(jnp.float32), (*dfinal.shape[:-2], call.blocks.K, call.blocks.V))
     if call.layout is not None:
         do = packing.take(do, call.layout.source)
     else:
@@ -214,7 +248,7 @@ def backward(
         if call.layout is not None:
             dinitial = jnp.where(call.present[:, :, None, None, None], dinitial, dfinal)
         dinitial = dinitial.astype(inputs.initial_state.dtype)
-    return Inputs(
+    grads = Inputs(
         q=tokens(got.q, inputs.q),
         k=tokens(got.k, inputs.k),
         v=tokens(got.v, inputs.v),
@@ -225,3 +259,7 @@ def backward(
         initial_state=dinitial,
         segment_ids=None,
     )
+    fitted: list[Any] = [
+        None if g is None or x is None else _fit(g, x.shape) for g, x in zip(grads, given, strict=True)
+    ]
+    return Inputs(*fitted)
