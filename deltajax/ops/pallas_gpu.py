@@ -1,5 +1,7 @@
 """The Hopper kernels as an implementation of the op: from `Inputs` and `Options` to `pallas_kernels.gpu`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -48,8 +50,9 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
     if state is not None:  # transposed, [B, HV, V, K]
         missing = ((0, 0), (0, 0), (0, v.shape[-1] - V), (0, q.shape[-1] - K))
         state = jnp.pad(state.astype(jnp.float32).mT, missing)
-    common = dict(normalize=options.normalize_qk, scale=options.scale)
+    common: dict[str, Any] = dict(normalize=options.normalize_qk, scale=options.scale)
     if options.gate_kind == "channel":
+        assert inputs.g is not None
         kind = None
         if ids is not None:
             kind = jnp.where(reset, RESET, jnp.where((ids != 0)[..., None], PRESENT, ABSENT))
@@ -58,10 +61,10 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
             q, k, v, beta, g, kind, gate, state, lower_bound=options.lower_bound, **common
         )
     else:
-        g = _log_decay(inputs, options)
+        decay = _log_decay(inputs, options)
         if ids is not None:
-            g = jnp.where(reset, MIN_LOG_DECAY, jnp.zeros_like(beta) if g is None else keep(g))
-        o, state = delta_rule.head_forward(q, k, v, beta, g, state, **common)
+            decay = jnp.where(reset, MIN_LOG_DECAY, jnp.zeros_like(beta) if decay is None else keep(decay))
+        o, state = delta_rule.head_forward(q, k, v, beta, decay, state, **common)
     return o[:, :T, :, :V], state[:, :, :V, :K].mT
 
 

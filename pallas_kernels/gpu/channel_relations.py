@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.gather import gather_rows, scatter_rows
+from pallas_kernels.gpu import rowwise, tiles
 from pallas_kernels.gpu.inverse import unit_lower_inverse
 from pallas_kernels.gpu.tiles import (
     CHUNK,
@@ -25,7 +25,6 @@ from pallas_kernels.gpu.tiles import (
     columns,
     constant,
     iota,
-    product,
     rows,
     split,
     tile,
@@ -212,11 +211,11 @@ def _body(
             g = jnp.where(kind == PRESENT, g, jnp.where(kind == RESET, MIN_LOG_DECAY * LOG2E, 0.0))
         x_tile[0][...], y_tile[...] = split(g, jnp.float16)
         plgpu.commit_smem()
-        sums.append(product(HALF, (sum_tile, x_tile[0]), (sum_tile, y_tile)))
+        sums.append(tiles.product(HALF, (sum_tile, x_tile[0]), (sum_tile, y_tile)))
         plgpu.commit_smem()  # all warps are done with what is overwritten next
     line = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROW)
     for half in range(halves):
-        scatter_rows(G_of(half), line, sums[half])
+        rowwise.scatter(G_of(half), line, sums[half])
 
     # q and k in float16; |k|^2, |q|^2 and q . k of each token.
     plgpu.barrier_wait(loaded)
@@ -244,27 +243,18 @@ def _body(
 
         def decays(half):
             G = G_of(half)
-            across = gather_rows(G, line, HALF) - gather_rows(G, anchor, HALF)
+            across = rowwise.gather(G, line, HALF) - rowwise.gather(G, anchor, HALF)
             return jnp.exp2(jnp.minimum(across, -across)).astype(jnp.float16)
 
-        def multiply(kk, qk):
-            factors = [decays(half) for half in range(halves)]
-            kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
-            for half in range(halves):
-                x_tile[half][...] = kf[half]
-            plgpu.commit_smem()
-            for half in range(halves):
-                xt = x_tile[half].transpose((1, 0))
-                plgpu.wgmma(kk, kf[half], xt)
-                plgpu.wgmma(qk, plgpu.load(q_tile[half], layout=L) * factors[half], xt)
-            return kk[...], qk[...]
-
-        accumulator = plgpu.ACC(square, jnp.float32)
-        level = pl.run_scoped(multiply, accumulator, accumulator)
-        return tuple(
-            jnp.where(meet < 2 * size, plgpu.layout_cast(new, L), old)
-            for new, old in zip(level, related, strict=True)
-        )
+        factors = [decays(half) for half in range(halves)]
+        kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
+        for half in range(halves):
+            x_tile[half][...] = kf[half]
+        plgpu.commit_smem()
+        xt = [x_tile[half].transpose((1, 0)) for half in range(halves)]
+        qf = [lambda i=half: plgpu.load(q_tile[i], layout=L) * factors[i] for half in range(halves)]
+        level = tiles.products(CHUNK, list(zip(kf, xt, strict=True)), list(zip(qf, xt, strict=True)))
+        return tuple(jnp.where(meet < 2 * size, new, old) for new, old in zip(level, related, strict=True))
 
     nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
     kk, qk = lax.fori_loop(0, 6, relate, (nothing, nothing))
@@ -286,7 +276,7 @@ def _body(
     # The operands of the walk: decays from the chunk's start and to its end.
     for half in range(halves):
         channels = pl.ds(half * HALF, HALF)
-        G = gather_rows(G_of(half), line, HALF)
+        G = rowwise.gather(G_of(half), line, HALF)
         end = plgpu.load(G_tile.at[CHUNK - 1, channels], layout=COLUMN)
         decay_tile[half] = jnp.exp2(end)
         decay, left = jnp.exp2(G), jnp.exp2(columns(end, square) - G)

@@ -97,7 +97,7 @@ def by_chunk(beta: jax.Array, other: jax.Array) -> jax.Array:
 def plan(v: jax.Array, *, channel: bool) -> Plan:
     """The walk's layout, by how many heads there are to spread over the chip."""
     B, T, HV, V = v.shape
-    stages = 2 if channel else 3
+    stages = 2 if channel else 3  # as many as shared memory holds
     if V % 128 == 0 and B * HV >= MULTIPROCESSORS:
         return Plan(warpgroups=2, stages=stages)
     # With few heads: as many runs of a sequence as have a multiprocessor each, if that makes the second pass

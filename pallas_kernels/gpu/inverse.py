@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.tiles import add_product, iota, product
+from pallas_kernels.gpu import rowwise, tiles
+from pallas_kernels.gpu.tiles import iota
 
 
 def unit_lower_inverse(a: jax.Array, a_tile, x_tile) -> jax.Array:
@@ -28,7 +29,7 @@ def unit_lower_inverse(a: jax.Array, a_tile, x_tile) -> jax.Array:
         high = x.astype(jnp.float16)
         x_tile[...] = high
         plgpu.commit_smem()
-        xa = product(64, (high, a_tile))
-        minus_xl = jnp.where((meet >> s) == 1, -xa, 0.0).astype(jnp.float16)
-        x = add_product(x, (minus_xl, x_tile))
+        xa = tiles.product(64, (high, a_tile))
+        minus_xl = rowwise.keep_level((-xa).astype(jnp.float16), s)
+        (x,) = tiles.add_products((x, [(minus_xl, x_tile)]))
     return x

@@ -17,8 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.relations import DECAY, KEEP, OUT, READ, VALUE
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, add_product, columns, constant, rows, split, tile
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
 
 WIDTH = 64  # state columns of a warpgroup
 SMALLEST = 1e-30
@@ -230,29 +231,22 @@ def _body(
             root = lax.rsqrt(most)
             per_unit = root * root
             S, v, unit = S * rows(unit * per_unit, S.shape), v * rows(per_unit, square), most
-            S_terms = (S.astype(dtype),)
+            S_terms: tuple[jax.Array, ...] = (S.astype(dtype),)
         else:
             S_terms = split(S, dtype)
             plgpu.barrier_wait(loaded.at[slot])
 
         def residual(kS):
             values = v if scaled else load_v()
-            kS = plgpu.layout_cast(kS, L) * by_token(VALUE if channel else READ)
-            return values * by_token(VALUE) - kS
+            return values * by_token(VALUE) - kS * by_token(VALUE if channel else READ)
 
-        def read(ks, qs=None):
-            for term in S_terms:
-                plgpu.wgmma(ks, term, k_tile.at[slot].transpose((1, 0)))
-            if qs is None:
-                return residual(ks[...])
-            plgpu.wgmma(qs, S_terms[0], q_tile.at[slot].transpose((1, 0)))
-            return residual(plgpu.wgmma_accumulator_load(ks, wait_n=1)), qs[...]
-
-        accumulator = plgpu.ACC(square, jnp.float32)
+        kt = k_tile.at[slot].transpose((1, 0))
+        reads = [(term, kt) for term in S_terms]
         if outputs:
-            R, o = pl.run_scoped(read, accumulator, accumulator)  # [V, C]
+            asks = [(S_terms[0], q_tile.at[slot].transpose((1, 0)))]
+            R, o = tiles.product_beside(CHUNK, reads, asks, residual)  # [V, C]
         else:
-            R = pl.run_scoped(read, accumulator)
+            R = residual(tiles.product(CHUNK, *reads))
 
         @pl.when(i + ahead < count)
         def _prefetch():
@@ -264,9 +258,8 @@ def _body(
 
             load_chunk(i + ahead, next_slot)
 
-        high, low = split(R, dtype)
         tt = t_tile.at[slot].transpose((1, 0))
-        values = add_product(R, (high, tt), (low, tt))  # V'^T [V, C]
+        values = tiles.add_products((R, [(term, tt) for term in split(R, dtype)]))[0]  # V'^T [V, C]
 
         new_terms = kept_terms = split(values, dtype)
         if channel:
@@ -275,23 +268,18 @@ def _body(
             kept_terms = split(values * by_token(KEEP), dtype)
             S = S * rows(plgpu.load(factor.at[DECAY], layout=ROW), S.shape)
         keys = key_tile.at[slot] if channel else k_tile.at[slot]
-
-        def update(S_and_o):
-            for term in kept_terms:
-                plgpu.wgmma(S_and_o[0], term, keys)
-            for term in new_terms if outputs else ():
-                plgpu.wgmma(S_and_o[1], term, p_tile.at[slot].transpose((1, 0)))
-
+        kept = [(term, keys) for term in kept_terms]
         if outputs:
-            o = plgpu.layout_cast(o, L)
             if not channel:
                 o = o * by_token(OUT)
-            S, o = pl.run_state(update)((plgpu.ACC.init(S), plgpu.ACC.init(o)))  # [V, K], [V, C]
-            o = plgpu.layout_cast(o, L)
+            pt = p_tile.at[slot].transpose((1, 0))
+            S, o = tiles.add_products((S, kept), (o, [(term, pt) for term in new_terms]))  # [V, K], [V, C]
         else:
-            (S,) = pl.run_state(update)((plgpu.ACC.init(S),))
-        S = plgpu.layout_cast(S, L)
-        plgpu.barrier_arrive(free.at[slot])
+            S = tiles.add_products((S, kept))[0]
+
+        @pl.when(i + stages < count)  # somebody will wait
+        def _free():
+            plgpu.barrier_arrive(free.at[slot])
 
         if outputs:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

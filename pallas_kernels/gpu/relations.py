@@ -13,8 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.inverse import unit_lower_inverse
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, iota, product, rows, tile
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, iota, rows, tile
 
 # Rows of the per-token factors.
 VALUE, READ, OUT, KEEP, DECAY = range(5)
@@ -137,7 +138,7 @@ def _body(
         return columns(plgpu.load(norm_tile, layout=COLUMN), square)
 
     def relation(left):  # [64, 64]
-        x = product(CHUNK, (left, k_tile.transpose((1, 0))))
+        x = tiles.product(CHUNK, (left, k_tile.transpose((1, 0))))
         if gated:
             across = rows(G, square) - columns(plgpu.load(sum_tile, layout=COLUMN), square)
             x = x * jnp.exp(jnp.minimum(across, 0.0))

@@ -1,4 +1,4 @@
-"""Rows of a shared-memory array by a row index that differs between threads, which Pallas has no load for."""
+"""Register-level work that Pallas has no operation for: rows by index, masks by block level."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels.gpu.tiles import ROW, L
 
 
-def gather_rows(ref, index: jax.Array, n: int) -> jax.Array:
+def gather(ref, index: jax.Array, n: int) -> jax.Array:
     """``ref[index[r], :]`` as row r.
 
     Args:
@@ -27,7 +27,7 @@ def gather_rows(ref, index: jax.Array, n: int) -> jax.Array:
         arg_types=(plgpu.RefType(), ROW),
         return_type=plgpu.ShapeDtypeStruct((64, n), jnp.float32, layout=L),
     )
-    def gather(ctx, ref, index):
+    def load(ctx, ref, index):
         del ctx
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         layout = L.to_mgpu()
@@ -36,19 +36,55 @@ def gather_rows(ref, index: jax.Array, n: int) -> jax.Array:
             registers[at] = vector.load(pair, ref, [row, column])
         return FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    return gather(ref, index)
+    return load(ref, index)
 
 
-def scatter_rows(ref, index: jax.Array, x: jax.Array) -> None:
-    """``ref[index[r], :] = x[r]``; see `gather_rows`."""
+def scatter(ref, index: jax.Array, x: jax.Array) -> None:
+    """``ref[index[r], :] = x[r]``; see `gather`."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ROW, L))
-    def scatter(ctx, ref, index, x):
+    def store(ctx, ref, index, x):
         del ctx
         for at, row, column in _places(x.registers.shape, index):
             vector.store(x.registers[at], ref, [row, column])
 
-    scatter(ref, index, x)
+    store(ref, index, x)
+
+
+def keep_level(x: jax.Array, s: int) -> jax.Array:
+    """x where ``(row ^ column) >> s == 1``, else 0: where tokens meet as blocks of 2^s double.
+
+    `jnp.where` would compare for each number and, after a conversion, select halves of registers. From s = 1
+    on the two columns that share a register share their answer.
+
+    Args:
+      x: [64, 64] float16.
+      s: static, at least 1.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(L,), return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.float16, layout=L))
+    def keep(ctx, x):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        thread = arith.andi(utils.thread_idx(), utils.c(127, i32))
+        # Row 16 w + l / 4 (+ 8) of lane l in warp w; columns 8 j + 2 (l % 4) and the next one.
+        line = arith.addi(
+            arith.shli(arith.shrui(thread, utils.c(5, i32)), utils.c(4, i32)),
+            arith.shrui(arith.andi(thread, utils.c(31, i32)), utils.c(2, i32)),
+        )
+        first = arith.shli(arith.andi(thread, utils.c(3, i32)), utils.c(1, i32))
+        registers = x.registers.copy()
+        nothing = utils.c(0, i32)
+        for at in np.ndindex(registers.shape):
+            column = arith.addi(first, utils.c(8 * at[1], i32))
+            row = arith.addi(line, utils.c(8 * at[4], i32))
+            meet = arith.shrui(arith.xori(row, column), utils.c(s, i32))
+            here = arith.cmpi(arith.CmpIPredicate.eq, meet, utils.c(1, i32))
+            bits = arith.select(here, utils.bitcast(registers[at], i32), nothing)
+            registers[at] = utils.bitcast(bits, registers[at].type)
+        return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    return keep(x)
 
 
 def _places(shape: tuple[int, ...], index):

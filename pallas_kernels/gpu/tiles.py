@@ -1,5 +1,7 @@
 """Shared-memory tiles and the small register idioms that every kernel here uses."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,10 +15,12 @@ ROW = L.reduce(1)  # [64], one value per row
 COLUMN = L.reduce(0)  # [N], one value per column
 
 
-def tile(shape: tuple[int, ...], dtype) -> plgpu.SMEM:
+def tile(shape: tuple[int, ...], dtype) -> Any:
     """A shared-memory tile that TMA fills and (half precision) wgmma reads; its last axis is 64 or 128."""
-    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
+    tiling: Any = plgpu.TilingTransform  # complete, though typed as abstract
+    swizzle: Any = plgpu.SwizzleTransform
+    transforms = (tiling((8, 128 // jnp.dtype(dtype).itemsize)), swizzle(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def constant(value: float, layout, n: int = CHUNK) -> jax.Array:
@@ -24,12 +28,12 @@ def constant(value: float, layout, n: int = CHUNK) -> jax.Array:
     return plgpu.layout_cast(jnp.full((n,), value, jnp.float32), layout)
 
 
-def rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[R] to [R, N], constant along rows."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def columns(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """[N] to [R, N], constant along columns."""
     return lax.broadcast_in_dim(x, shape, [1])
 
@@ -47,20 +51,44 @@ def split(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 def product(n: int, *pairs) -> jax.Array:
     """[64, n] float32: the sum of ``a @ b`` over pairs (a in registers or SMEM, b in SMEM)."""
-
-    def multiply(acc):
-        for a, b in pairs:
-            plgpu.wgmma(acc, a, b)
-        return acc[...]
-
-    return plgpu.layout_cast(pl.run_scoped(multiply, plgpu.ACC((CHUNK, n), jnp.float32)), L)
+    return products(n, pairs)[0]
 
 
-def add_product(x: jax.Array, *pairs) -> jax.Array:
-    """``x`` plus the sum of ``a @ b`` over pairs, accumulated in x's registers."""
+def products(n: int, *sums) -> tuple[jax.Array, ...]:
+    """Several sums of products at once, each as for `product`; ``a`` may be a function that loads it late."""
 
-    def multiply(acc):
-        for a, b in pairs:
-            plgpu.wgmma(acc, a, b)
+    def multiply(*accumulators):
+        for pairs in zip(*sums, strict=True):
+            for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
+                plgpu.wgmma(accumulator, a() if callable(a) else a, b)
+        return tuple(accumulator[...] for accumulator in accumulators)
 
-    return plgpu.layout_cast(pl.run_state(multiply)(plgpu.ACC.init(x)), L)
+    out = pl.run_scoped(multiply, *[plgpu.ACC((CHUNK, n), jnp.float32)] * len(sums))
+    return tuple(plgpu.layout_cast(x, L) for x in out)
+
+
+def product_beside(n: int, first, second, use) -> tuple[jax.Array, jax.Array]:
+    """``use`` of the first sum of products, computed while the second runs; and the second, each [64, n]."""
+
+    def multiply(a_sum, b_sum):
+        for a, b in first:
+            plgpu.wgmma(a_sum, a, b)
+        for a, b in second:
+            plgpu.wgmma(b_sum, a, b)
+        used = use(plgpu.layout_cast(plgpu.wgmma_accumulator_load(a_sum, wait_n=len(second)), L))
+        return used, b_sum[...]
+
+    used, other = pl.run_scoped(multiply, *[plgpu.ACC((CHUNK, n), jnp.float32)] * 2)
+    return used, plgpu.layout_cast(other, L)
+
+
+def add_products(*sums) -> tuple[jax.Array, ...]:
+    """For each of the sums (x, pairs): x plus ``a @ b`` over pairs, accumulated in x's registers."""
+
+    def multiply(accumulators):
+        for accumulator, (_, pairs) in zip(accumulators, sums, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+
+    out = pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x, _ in sums))
+    return tuple(plgpu.layout_cast(x, L) for x in out)

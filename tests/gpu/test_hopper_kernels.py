@@ -1,0 +1,133 @@
+"""The Hopper kernels on the CPU: the GPU interpreter against the recurrence, and lowering for CUDA.
+
+The interpreter knows no wgmma with registers on its left and no inline code, so matrix products and rows
+gathered from shared memory are replaced by their meaning here; `python -m benchmarks.hopper --check` runs the
+real ones on a card. Everything else of the kernels runs: copies, barriers, indices, masks, decays.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from deltajax.ops import dispatch, pallas_gpu
+from pallas_kernels.gpu import recurrence, rowwise, tiles
+from tests import cases
+
+pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+
+KERNEL = dispatch.Kernel(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.unsupported)
+
+
+def value(x):
+    x = x() if callable(x) else x
+    x = x if isinstance(x, jax.Array) else x[...]
+    return x.astype(jnp.float32)
+
+
+def add_up(pairs):
+    return sum(jnp.dot(value(a), value(b), precision="highest") for a, b in pairs)
+
+
+def interpreted_products(monkeypatch):
+    monkeypatch.setattr(tiles, "product", lambda n, *pairs: add_up(pairs))
+    monkeypatch.setattr(tiles, "products", lambda n, *sums: tuple(map(add_up, sums)))
+    monkeypatch.setattr(
+        tiles, "product_beside", lambda n, first, second, use: (use(add_up(first)), add_up(second))
+    )
+    monkeypatch.setattr(tiles, "add_products", lambda *sums: tuple(x + add_up(pairs) for x, pairs in sums))
+    monkeypatch.setattr(rowwise, "gather", lambda ref, index, n: ref[...][index])
+
+    def scatter(ref, index, x):
+        ref[...] = x  # every use has index = 0..63
+
+    def keep_level(x, s):
+        meet = jnp.arange(64)[:, None] ^ jnp.arange(64)
+        return jnp.where(meet >> s == 1, x, 0)
+
+    monkeypatch.setattr(rowwise, "scatter", scatter)
+    monkeypatch.setattr(rowwise, "keep_level", keep_level)
+
+
+INTERPRETED = [
+    cases.Case("none", T=130, K=64, V=64, H=1, HV=2, beta_max=2.0),
+    cases.Case("head", T=130, K=64, V=64, decay="softplus", segments="packed"),
+    cases.Case("channel", T=130, K=64, V=64, decay="bounded"),
+]
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_interpreted_kernels_agree_with_the_recurrence(case, monkeypatch):
+    interpreted_products(monkeypatch)
+    x = cases.arrays(case, jnp.bfloat16)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        inputs, options = captured(case, x, monkeypatch)
+        got = pallas_gpu.forward(inputs, options)
+    with jax.enable_x64(True):
+        wide = {n: a if n == "segment_ids" else np.asarray(a, np.float64) for n, a in x.items()}
+        expected = cases.call(case, wide, "scan")
+    for a, b in zip(got, expected, strict=True):
+        assert cases.relative_error(a, b) < 5e-3
+
+
+def captured(case, x, monkeypatch):
+    """The `Inputs` and `Options` of a call of the public op."""
+    seen = []
+
+    def run(inputs, options, implementation):
+        seen.append((inputs, options))
+        return inputs.v, None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "run", run)
+        cases.call(case, {n: jnp.asarray(a) for n, a in x.items()}, "pallas")
+    return seen[0]
+
+
+LOWERED = [
+    cases.Case("none", T=1, K=16, V=16, B=4, H=2, HV=4),
+    cases.Case("none", T=4100, K=128, V=128),  # in runs
+    cases.Case("head", T=130, K=64, V=256, decay="slow"),
+    cases.Case("head", T=130, B=2, HV=2, segments="packed", decay="slow", V=16),
+    cases.Case("channel", T=128, K=128, V=128, B=80, HV=2, decay="softplus"),  # two warpgroups a block
+    cases.Case("channel", T=65, K=100, V=100, decay="reset"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", LOWERED, ids=str)
+def test_lowers_for_cuda(case, dtype, monkeypatch):
+    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
+    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cases.arrays(case, jnp.dtype(dtype)))
+    lowered = jax.jit(lambda x: cases.call(case, x, "pallas")).trace(x).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_few_heads_walk_in_runs():
+    from pallas_kernels.gpu import delta_rule
+
+    def plan(B, T, HV, V=128):
+        return delta_rule.plan(jax.ShapeDtypeStruct((B, T, HV, V), jnp.bfloat16), channel=False)
+
+    assert plan(16, 2048, 16) == recurrence.Plan(warpgroups=2, stages=3)
+    assert plan(1, 32768, 16) == recurrence.Plan(warpgroups=1, stages=3, runs=4)
+    assert plan(1, 2048, 16).runs == 1  # too short
+    assert plan(4, 8192, 16).runs == 1  # heads enough
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (dict(dtype="float32"), "must be all bfloat16 or all float16"),
+        (dict(K=256), "head size K is at most 128"),
+        (dict(segments="states"), "num_segments"),
+        (dict(chunk_size=32), "chunk_size is 64"),
+    ],
+)
+def test_says_what_it_does_not_support(change, why, monkeypatch):
+    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
+    case = cases.Case("none", T=64, K=change.get("K", 64), V=64, segments=change.get("segments", "none"))
+    x = cases.arrays(case, jnp.dtype(change.get("dtype", "bfloat16")))
+    with pytest.raises(NotImplementedError, match=why):
+        cases.call(case, x, "pallas", change.get("chunk_size"))
