@@ -43,6 +43,7 @@ class Scalars(NamedTuple):
 
 
 REAL, RUN, SEEN, LAST = range(4)
+ZERO = -1e3  # log2 of nothing
 
 
 def scalars(refs: Refs, blocks: Blocks, block_index, config: Config) -> Scalars:
@@ -184,13 +185,14 @@ def solve(
             columns = rows.T
             yield
             difference = lane_columns(columns, heads, 0, C) - lane_rows(rows, heads, 0, C)
-            gamma = jnp.exp2(jnp.where(inclusive, difference, 0.0))
+            gamma = jnp.exp2(jnp.where(inclusive, difference, ZERO))
             kk, p = kk * gamma, p * gamma
             unit.gamma = gamma
             for j, head in enumerate(unit.heads):
                 head.G = columns[:, heads[j] : heads[j] + 1]
             yield
-    unit.kk, unit.p = jnp.where(strict, kk, 0.0), jnp.where(inclusive, p, 0.0)
+    unit.kk = jnp.where(strict, kk, 0.0)
+    unit.p = p if config.gate == "head" else jnp.where(inclusive, p, 0.0)
     yield
 
 

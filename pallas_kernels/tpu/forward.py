@@ -18,11 +18,13 @@ from pallas_kernels.tpu.chunk import LAST, SEEN, Refs, Scalars, Unit
 from pallas_kernels.tpu.config import Blocks, Config
 from pallas_kernels.tpu.dots import NN, NT, TN, dot, split
 from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units_of
-from pallas_kernels.tpu.relations import beside, diagonal, stack
+from pallas_kernels.tpu.relations import beside, diagonal, middle_block, stack
 from pallas_kernels.tpu.weave import Steps, in_turn, staggered, together, weave
 
 TOGETHER = 4  # units prepared in lockstep
-RATIO = 5  # steps of preparation for each step of the recurrence
+# Steps of preparation for each step of the recurrence, so that both end together.
+RATIO = {"none": 4, "head": 6, "channel": 5}
+RATIO_BY_LEVELS = 8  # of an unbounded per-channel gate
 
 
 class Outputs(NamedTuple):
@@ -205,7 +207,8 @@ def _kernel(segments: Segments, refs: Refs, initial_ref, *results, blocks: Block
             for a in range(0, len(units), TOGETHER)
         ]
     )
-    weave(preparation, recurrence, ratio=RATIO)
+    by_levels = config.gate == "channel" and middle_block(config) == 1
+    weave(preparation, recurrence, RATIO_BY_LEVELS if by_levels else RATIO[config.gate])
 
     @pl.when((step > 0) & (segments.last[row, behind] != 0))
     def _leave():
