@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import chunk, tiles
-from pallas_kernels.tpu.chunk import LAST, SEEN, Refs, Scalars, Unit
+from pallas_kernels.tpu.chunk import LAST, REAL, SEEN, Refs, Scalars, Unit
 from pallas_kernels.tpu.config import Blocks, Config
 from pallas_kernels.tpu.dots import NN, NT, TN, dot, split
 from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units_of
@@ -151,7 +151,7 @@ def recur(
     yield
 
 
-def _kernel(segments: Segments, refs: Refs, initial_ref, *results, blocks: Blocks, config: Config):
+def _kernel(segments: Segments, refs: Refs, marks_ref, initial_ref, *results, blocks: Blocks, config: Config):
     out, scratch = Outputs(*results[:3]), Scratch(*results[3:])
     saved = out.saved
     row, step, steps = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
@@ -173,8 +173,10 @@ def _kernel(segments: Segments, refs: Refs, initial_ref, *results, blocks: Block
     units = units_of(blocks, config)
     s = chunk.scalars(refs, blocks, jnp.minimum(step, steps - 2), config)
     ready: set[int] = set()
-    real = None
-    if blocks.ragged and refs.marks is None:
+    real = None  # of the recurrence's block
+    if marks_ref is not None:
+        real = marks_ref[0, 0].T[:, REAL : REAL + 1] > 0
+    elif blocks.ragged:
         real = jax.lax.broadcasted_iota(jnp.int32, (blocks.tokens, 1), 0) < blocks.T - behind * blocks.tokens
     pairs = len(unit_heads(blocks))
     recurrence = in_turn(
@@ -254,13 +256,18 @@ def forward(
     now = lambda t: jnp.minimum(t, steps - 1)  # noqa: E731
     behind = lambda t: jnp.maximum(t - 1, 0)  # noqa: E731
     state_block = layout.state_block(behind)
+    inputs = layout.inputs()
     specs = layout.input_specs(now)._replace(v=layout.token_blocks(V, blocks.heads, behind))
     return pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(layout.B, layout.HV // blocks.heads, steps + 1),
-            in_specs=[specs, None if initial_state is None else state_block],
+            in_specs=[
+                specs,
+                layout.input_specs(behind).marks,  # again, for the recurrence's block
+                None if initial_state is None else state_block,
+            ],
             out_specs=Outputs(
                 layout.token_block(V, blocks.heads, behind),
                 state_block,
@@ -283,4 +290,4 @@ def forward(
         compiler_params=layout.compiler_params(),
         interpret=blocks.interpret,
         name="delta_rule_forward",
-    )(segments, layout.inputs(), initial_state)
+    )(segments, inputs, inputs.marks, initial_state)
