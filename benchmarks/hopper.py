@@ -78,8 +78,8 @@ def scan_float64(case: cases.Case, x: dict) -> tuple[np.ndarray, np.ndarray]:
 def check(options: Options) -> bool:
     """Errors against the float64 recurrence on the same inputs, and equal bits on repeated runs."""
     seed = int(time.time())
-    ok, worst, refused = True, {}, 0
     start, step = options.shard
+    ok, worst, refused = start != 0 or check_transformations(), {}, 0
     for case in [c for c in [*cases.CASES, *FULL_WIDTH] if options.selects(c)][start::step]:
         for dtype in options.dtypes:
             x = cases.arrays(case, jnp.dtype(dtype), seed)
@@ -106,6 +106,33 @@ def check(options: Options) -> bool:
         print(f"worst {' '.join(key):24s} {e:.1e}  {name}")
     print(f"check: {'ok' if ok else 'FAILED'}, seed {seed}, {refused} runs refused, {card()}")
     return ok
+
+
+def check_transformations() -> bool:
+    """vmap, scan and grad of the op with the kernels give what plain calls give."""
+    case = cases.Case("channel", T=130, K=64, V=64, B=4, H=1, HV=2, decay="softplus")
+    x = {n: jnp.asarray(a) for n, a in cases.arrays(case, jnp.bfloat16, int(time.time())).items()}
+    parameters = {n: x.pop(n) for n in ("A_log", "dt_bias")}
+    x.pop("do"), x.pop("dstate")
+
+    def run(x):
+        return cases.call(case, {**x, **parameters}, "pallas")
+
+    def energy(x):
+        return sum(jnp.sum(jnp.square(a.astype(jnp.float32))) for a in run(x))
+
+    def same(a, b):
+        return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+    fold = lambda t: jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), t)  # noqa: E731
+    plain = fold(jax.jit(run)(x))
+    ok = same(jax.jit(jax.vmap(run))(fold(x)), plain)
+    ok &= same(jax.jit(lambda x: jax.lax.scan(lambda _, row: (None, run(row)), None, x)[1])(fold(x)), plain)
+    slopes = jax.jit(jax.grad(energy))(x)
+    again = jax.jit(jax.vmap(jax.grad(jax.checkpoint(energy))))(fold(x))
+    ok &= all(cases.relative_error(again[n], fold(slopes)[n]) < TOLERANCE for n in slopes)
+    print(f"vmap, scan, grad, remat: {'ok' if ok else 'FAILED'}")
+    return bool(ok)
 
 
 def card() -> str:

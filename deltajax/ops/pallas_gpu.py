@@ -1,5 +1,6 @@
 """The Hopper kernels as an implementation of the op: from `Inputs` and `Options` to `pallas_kernels.gpu`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -29,11 +30,26 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
         return "num_segments is not supported, only segment_ids that reset the state"
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size is {CHUNK}, got {options.chunk_size}"
-    return None
+    return _other_gpu()
+
+
+@functools.cache
+def _other_gpu() -> str | None:
+    """What GPU is here, if no Hopper; None also without one: the program may be lowered for another host."""
+    try:
+        gpu = jax.local_devices(backend="cuda")[0]
+    except RuntimeError:
+        return None
+    capability = getattr(gpu, "compute_capability", "9.0")
+    return None if capability == "9.0" else f"needs a Hopper GPU, not compute capability {capability}"
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"], Array]:
-    """Outputs and final state; see `unsupported` for what it takes."""
+    """Outputs and final state; see `unsupported` for what it takes.
+
+    Products of a per-channel gate's call and of float16 inputs have float16 operands: there |q| and |k| must
+    stay below 65504. The values and the state may be any float32 numbers.
+    """
     q, k, v = inputs.q, inputs.k, inputs.v
     T, V, K = v.shape[1], v.shape[-1], q.shape[-1]
     beta, ids = inputs.beta.astype(jnp.float32), inputs.segment_ids  # [B, T, HV], [B, T]
