@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
-from deltajax.ops import chunked, pallas_tpu, scan
+from deltajax.ops import chunked, pallas_gpu, pallas_tpu, scan
 from deltajax.ops.problem import Inputs, Options, vary_alike
 
 
@@ -42,6 +42,7 @@ class Kernel:
 SAVED = "delta_rule_saved"
 # Lowering platform ("tpu", "cuda") -> its Pallas kernels.
 PALLAS: Mapping[str, Kernel] = {
+    "cuda": Kernel(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.unsupported),
     "tpu": Kernel(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.unsupported, pallas_tpu.saving),
 }
 
@@ -104,7 +105,7 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
     def branch(platform: str | None):
         kernel = PALLAS[platform] if platform else None
 
-        def run(inputs, *args):
+        def compute(inputs, *args):
             if half == "forward":
                 return (kernel or chunked).forward(inputs, options)
             if half == "backward":
@@ -116,8 +117,13 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
                 o, final, own = kernel.saving(inputs, options)
             else:
                 o, final = (kernel or chunked).forward(inputs, options)
-            zeros = lambda x: vary_alike(jnp.zeros(x.shape, x.dtype), inputs.q)[0]  # noqa: E731
+            zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
             return o, final, {p: own if p == platform else jax.tree.map(zeros, kept[p]) for p in platforms}
+
+        def run(inputs, *args):
+            # Inside a shard_map all branches' results vary as the inputs do.
+            leaves, tree = jax.tree.flatten(compute(inputs, *args))
+            return jax.tree.unflatten(tree, vary_alike(*leaves, inputs.q)[: len(leaves)])
 
         return run
 
