@@ -19,6 +19,8 @@ from pallas_kernels.tpu.config import Blocks, Config
 
 CHUNK = 64
 LANES = 64  # K and V are multiples of this
+# Of one block: value heads, and [128, 128] tiles of their states (half as many in float32).
+MAX_HEADS, MAX_TILES = 32, 64
 WIDTHS = (64, 128, 256, 512)  # what the kernels take; sizes between are padded
 
 
@@ -27,6 +29,13 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
     for name, size, most in (("K", inputs.q.shape[-1], 256), ("V", inputs.v.shape[-1], 512)):
         if size % LANES or size > most:
             return f"{name} must be a multiple of {LANES} up to {most}, got {size}"
+    (H, K), (HV, V) = inputs.q.shape[2:], inputs.v.shape[2:]
+    heads = kernel_config.block_heads(H, HV)
+    widths = (next(w for w in WIDTHS if w >= size) for size in (K, V))
+    tiles = heads * kernel_config.head_tiles(*widths)
+    wide = any(x.dtype.itemsize > 2 for x in (inputs.q, inputs.k, inputs.v))
+    if heads > MAX_HEADS or tiles > (MAX_TILES // 2 if wide else MAX_TILES):
+        return f"{HV} value heads of {K} x {V} on {H} key heads make blocks of {heads}, too large for VMEM"
     for name in ("q", "k", "v", "g", "beta"):
         x = getattr(inputs, name)
         if x is not None and x.dtype not in (jnp.bfloat16, jnp.float32):

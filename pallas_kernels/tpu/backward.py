@@ -48,15 +48,14 @@ def _kernel(
 
     s = chunk.scalars(refs, blocks, block, config)
     b = Backward(refs, saved, do_ref, out, dstate, s, blocks, config)
-    pairs = unit_heads(blocks)
+    units = [
+        (c, heads) for c in reversed(range(blocks.tokens // config.chunk)) for heads in unit_heads(blocks)
+    ]
     stages = []
-    for c in reversed(range(blocks.tokens // config.chunk)):
-        works = [Work() for _ in pairs]
+    for first in range(0, len(units), blocks.together):
+        group = [(Work(), *unit) for unit in units[first : first + blocks.together]]
         stages.append(
-            tuple(
-                together([stage(w, c, heads) for w, heads in zip(works, pairs, strict=True)])
-                for stage in (b.prepare, b.recur, b.finish)
-            )
+            tuple(together([stage(*unit) for unit in group]) for stage in (b.prepare, b.recur, b.finish))
         )
     for _ in staggered(stages):
         pass

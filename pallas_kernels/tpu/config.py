@@ -57,6 +57,11 @@ class Blocks:
         return self.heads // self.group
 
     @property
+    def together(self) -> int:
+        """Units that are prepared in lockstep: enough to fill waits, not more values than memory holds."""
+        return max(1, 4 // head_tiles(self.K, self.V))
+
+    @property
     def work(self) -> jnp.dtype:
         """What matrix operands are kept in."""
         return jnp.dtype(jnp.bfloat16 if self.passes == 1 else jnp.float32)
@@ -67,11 +72,20 @@ class Blocks:
         return self.T % self.tokens != 0
 
 
+def block_heads(H: int, HV: int) -> int:
+    """Value heads of one block: those of 8 key heads (a memory tile) or, where 8 do not divide H, all."""
+    return 8 * HV // H if H % 8 == 0 else HV
+
+
+def head_tiles(K: int, V: int) -> int:
+    """[128, 128] tiles of one head's state."""
+    return (K // VMEM_LANES or 1) * (V // VMEM_LANES or 1)
+
+
 def choose_blocks(T: int, H: int, HV: int, K: int, V: int, dtype, config: Config, interpret: Any) -> Blocks:
-    """Blocks of whole memory tiles (8 heads, or all) with about 16 chunks of one head in each."""
-    group = HV // H
-    heads = next((n * group for n in (8, 16) if H % n == 0 and n * group <= 16), HV)
-    wide = (K // VMEM_LANES or 1) * (V // VMEM_LANES or 1)
-    chunks = max(1, 16 // (heads * wide))
+    """Blocks of `block_heads` heads and as many tokens as make about 16 chunks of one head."""
+    heads = block_heads(H, HV)
+    chunks = max(1, 16 // (heads * head_tiles(K, V)))
     tokens = min(chunks, -(-T // config.chunk)) * config.chunk
-    return Blocks(T, K, V, group, heads, tokens, 1 if jnp.dtype(dtype).itemsize < 4 else 3, interpret)
+    passes = 1 if jnp.dtype(dtype).itemsize < 4 else 3
+    return Blocks(T, K, V, HV // H, heads, tokens, passes, interpret)

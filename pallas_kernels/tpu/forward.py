@@ -21,7 +21,6 @@ from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units
 from pallas_kernels.tpu.relations import beside, diagonal, middle_block, stack
 from pallas_kernels.tpu.weave import Steps, in_turn, staggered, together, weave
 
-TOGETHER = 4  # units prepared in lockstep
 # Steps of preparation for each step of the recurrence, so that both end together.
 RATIO = {"none": 4, "head": 6, "channel": 5}
 RATIO_BY_LEVELS = 8  # of an unbounded per-channel gate
@@ -203,10 +202,11 @@ def _kernel(segments: Segments, refs: Refs, marks_ref, initial_ref, *results, bl
     inverted = [
         invert(s, u, c, heads, parts[u], scratch, saved, config) for u, (c, heads) in enumerate(units)
     ]
+    lockstep = blocks.together
     preparation = staggered(
         [
-            (together(prepared[a : a + TOGETHER]), together(inverted[a : a + TOGETHER]))
-            for a in range(0, len(units), TOGETHER)
+            (together(prepared[a : a + lockstep]), together(inverted[a : a + lockstep]))
+            for a in range(0, len(units), lockstep)
         ]
     )
     by_levels = config.gate == "channel" and middle_block(config) == 1

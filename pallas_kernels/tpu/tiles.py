@@ -23,8 +23,10 @@ def _words(ref):
 
 
 def _plain(ref, interpret: Any) -> bool:
-    """Whether heads are indexed one by one: an odd number of half-precision heads, or interpret mode."""
-    return bool(interpret) or (ref.dtype.itemsize == 2 and ref.shape[2] % 2 == 1)
+    """Whether heads are indexed one by one: where they do not fill memory tiles, or in interpret mode."""
+    heads = ref.shape[2]
+    whole = heads % 8 == 0 or heads in ((1, 2, 4) if ref.dtype.itemsize == 4 else (2, 4))
+    return bool(interpret) or not whole
 
 
 def load(parts, start, size: int, heads: list[int], interpret: Any = False) -> list[jax.Array]:
