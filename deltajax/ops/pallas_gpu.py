@@ -30,6 +30,8 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
         return "num_segments is not supported, only segment_ids that reset the state"
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size is {CHUNK}, got {options.chunk_size}"
+    if inputs.initial_state is not None and jax.typeof(inputs.q).manual_axis_type.varying:
+        return "initial_state is not supported inside shard_map"
     return _other_gpu()
 
 

@@ -14,6 +14,7 @@ PARAMETERS = {
     "gated_delta_net_1p3b": 1_387_348_732,
     "gated_delta_net_swa_1p3b": 1_302_965_892,
     "kda_1p3b": 1_390_941_568,
+    "kda_hybrid_1p3b": 1_384_280_608,
 }
 
 
