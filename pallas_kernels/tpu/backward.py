@@ -48,15 +48,14 @@ def _kernel(
 
     s = chunk.scalars(refs, blocks, block, config)
     b = Backward(refs, saved, do_ref, out, dstate, s, blocks, config)
-    units = [
-        (c, heads) for c in reversed(range(blocks.tokens // config.chunk)) for heads in unit_heads(blocks)
-    ]
+    pairs = unit_heads(blocks)
     stages = []
-    for first in range(0, len(units), blocks.together):
-        group = [(Work(), *unit) for unit in units[first : first + blocks.together]]
-        stages.append(
-            tuple(together([stage(*unit) for unit in group]) for stage in (b.prepare, b.recur, b.finish))
-        )
+    for c in reversed(range(blocks.tokens // config.chunk)):
+        for first in range(0, len(pairs), blocks.together):  # of one chunk: a head's chunks follow each other
+            group = [(Work(), c, heads) for heads in pairs[first : first + blocks.together]]
+            stages.append(
+                tuple(together([stage(*unit) for unit in group]) for stage in (b.prepare, b.recur, b.finish))
+            )
     for _ in staggered(stages):
         pass
     b.store_columns()
