@@ -7,14 +7,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu import chunk, gates, tiles
-from pallas_kernels.tpu.chunk import LAST, RUN, SEEN, Refs, Scalars, Unit
+from pallas_kernels.tpu.chunk import LAST, SEEN, Refs, Scalars, Unit
 from pallas_kernels.tpu.config import Blocks, Config
 from pallas_kernels.tpu.dots import NN, NT, TN, bf16_dot, dot, split
 from pallas_kernels.tpu.inverse import iota
 from pallas_kernels.tpu.launch import Saved
 from pallas_kernels.tpu.relations import (
     RelationGradients,
-    beside,
     channel_relation_gradients,
     diagonal,
     relate_split,
@@ -154,13 +153,8 @@ class Backward:
         """From the chunk's own gradients to those of the inputs."""
         C, s, blocks, config, passes = self.C, self.s, self.blocks, self.config, self.passes
         n = len(heads)
-        shape = (C, n * C)
-        row, column, lane = iota(shape, 0), iota(shape, 1) % C, iota(shape, 1)
-        strict, inclusive = row > column, row >= column
-        if s.marks is not None:
-            runs = s.marks[RUN : RUN + 1, c * C : (c + 1) * C]
-            same = chunk.lane_columns(s.mark_columns, [RUN] * n, c, C) == beside([runs] * n)
-            strict, inclusive = strict & same, inclusive & same
+        lane = iota((C, n * C), 1)
+        strict, inclusive = chunk.pairs_in_order(s, c, n, C)
         tiles.store(self.out.v, c * C, heads, w.dR, blocks.interpret)
         product = relate_split(
             [stack(x.astype(self.work), y) for x, y in zip(w.dY, w.dO, strict=True)], w.V, passes

@@ -155,11 +155,8 @@ def lane_rows(x: jax.Array, heads: list[int], c: int, C: int) -> jax.Array:
     return beside([x[h : h + 1, c * C : (c + 1) * C] for h in heads])
 
 
-def solve(
-    refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blocks: Blocks, config: Config
-) -> Steps:
-    """Relations of the unit's tokens: sets unit.kk and unit.p, masked, and G of a per-head gate."""
-    C, n = config.chunk, len(heads)
+def pairs_in_order(s: Scalars, c: int, n: int, C: int) -> tuple[jax.Array, jax.Array]:
+    """Which pairs of tokens of one run relate: rows after columns, and that or the same; [C, n C] bool."""
     shape = (C, n * C)
     row, column = iota(shape, 0), iota(shape, 1) % C
     strict, inclusive = row > column, row >= column
@@ -167,6 +164,15 @@ def solve(
         runs = s.marks[RUN : RUN + 1, c * C : (c + 1) * C]
         same = lane_columns(s.mark_columns, [RUN] * n, c, C) == beside([runs] * n)
         strict, inclusive = strict & same, inclusive & same
+    return strict, inclusive
+
+
+def solve(
+    refs: Refs, s: Scalars, heads: list[int], c: int, unit: Unit, blocks: Blocks, config: Config
+) -> Steps:
+    """Relations of the unit's tokens: sets unit.kk and unit.p, masked, and G of a per-head gate."""
+    C = config.chunk
+    strict, inclusive = pairs_in_order(s, c, len(heads), C)
     qs, ks = [h.q for h in unit.heads], [h.k for h in unit.heads]
     if config.gate == "channel":
         out: list[jax.Array] = []

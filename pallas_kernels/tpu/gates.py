@@ -19,6 +19,11 @@ def log1p_small(x: jax.Array) -> jax.Array:
     return jnp.where(x < 2.0**-6, series, jnp.log(1 + x))
 
 
+def softplus(x: jax.Array) -> jax.Array:
+    """log(1 + exp(x)), exact also where it is tiny."""
+    return jnp.maximum(x, 0.0) + log1p_small(jnp.exp2(jnp.abs(x) * -LOG2E))
+
+
 def log2_decay(g: jax.Array, rate: Any, dt_bias: Any, config: Config) -> jax.Array:
     """log2 of each token's decay.
 
@@ -34,8 +39,7 @@ def log2_decay(g: jax.Array, rate: Any, dt_bias: Any, config: Config) -> jax.Arr
     if config.activation == "bounded":
         assert config.lower_bound is not None
         return (config.lower_bound * LOG2E) * jax.nn.sigmoid(rate * x)
-    softplus = jnp.maximum(x, 0.0) + log1p_small(jnp.exp2(jnp.abs(x) * -LOG2E))
-    return jnp.maximum((rate * -LOG2E) * softplus, MIN_LOG_DECAY * LOG2E)
+    return jnp.maximum((rate * -LOG2E) * softplus(x), MIN_LOG_DECAY * LOG2E)
 
 
 def log2_decay_gradients(
@@ -58,8 +62,7 @@ def log2_decay_gradients(
         s = jax.nn.sigmoid(rate * x)
         dx = dg * (config.lower_bound * s * (1 - s) * rate)
         return dx, dx * x
-    softplus = jnp.maximum(x, 0.0) + log1p_small(jnp.exp2(jnp.abs(x) * -LOG2E))
-    decay = -rate * softplus
+    decay = -rate * softplus(x)
     dg = jnp.where(decay > MIN_LOG_DECAY, dg, 0.0)
     return dg * (-rate * jax.nn.sigmoid(x)), dg * decay
 
