@@ -26,6 +26,17 @@ class Gate:
     lower_bound: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
+def per_head_log_decay(
+    g: Float[Array, "B T HV"],
+    A_log: Float[Array, " HV"] | None,
+    dt_bias: Float[Array, " HV"] | None,
+    lower_bound: float | None,
+) -> Float[Array, "B T HV"]:
+    """A per-head gate's log decay in float32, activated where there is an A_log."""
+    g = g.astype(jnp.float32)
+    return g if A_log is None else activate(g, A_log, dt_bias, lower_bound, per_channel=False)
+
+
 def activate(
     x: Float[Array, "..."],
     A_log: Float[Array, " HV"],

@@ -100,9 +100,7 @@ def _log_decay(inputs: Inputs, options: Options) -> Array | None:
     """Activated per-head log decay in float32, at least `MIN_LOG_DECAY`."""
     if inputs.g is None:
         return None
-    g = inputs.g.astype(jnp.float32)
-    if inputs.A_log is not None:
-        g = gates.activate(g, inputs.A_log, inputs.dt_bias, options.lower_bound, per_channel=False)
+    g = gates.per_head_log_decay(inputs.g, inputs.A_log, inputs.dt_bias, options.lower_bound)
     return jnp.maximum(g, MIN_LOG_DECAY)
 
 

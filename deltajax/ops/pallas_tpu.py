@@ -89,14 +89,6 @@ class _Call:
     present: Any  # [B, N] whether a segment has tokens
 
 
-def _log_decay(g: Array, A_log: Array | None, dt_bias: Array | None, options: Options) -> Array:
-    """A per-head gate's log decays in float32; a per-channel gate is activated in the kernel."""
-    g = g.astype(jnp.float32)
-    if A_log is None:
-        return g
-    return gates.activate(g, A_log, dt_bias, options.lower_bound, per_channel=False)
-
-
 def _marks(segment_ids: Array, T: int, chunk: int) -> Float[Array, "B 4 T"]:
     """real, run, seen, last of each token, see `pallas_kernels.tpu.chunk`; T is a multiple of the chunk."""
     B, given = segment_ids.shape
@@ -135,7 +127,7 @@ def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
     q, k, v, beta = inputs.q, inputs.k, inputs.v, inputs.beta
     g = inputs.g
     if options.gate_kind == "head":
-        g = _log_decay(g, inputs.A_log, inputs.dt_bias, options)
+        g = gates.per_head_log_decay(g, inputs.A_log, inputs.dt_bias, options.lower_bound)
     layout = present = marks = None
     N = options.num_segments or 1
     initial = inputs.initial_state
@@ -244,7 +236,12 @@ def backward(
             ddt_bias = jnp.sum(got.dt_bias, axis=0).astype(inputs.dt_bias.dtype)
         dg = tokens(dg, inputs.g)
     elif options.gate_kind == "head":
-        _, pull = jax.vjp(partial(_log_decay, options=options), inputs.g, inputs.A_log, inputs.dt_bias)
+        _, pull = jax.vjp(
+            partial(gates.per_head_log_decay, lower_bound=options.lower_bound),
+            inputs.g,
+            inputs.A_log,
+            inputs.dt_bias,
+        )
         dlog = _tokens(dg, call, T)
         if real is not None:
             dlog = jnp.where(real[:, :, None], dlog, 0.0)

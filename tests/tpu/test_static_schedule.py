@@ -209,7 +209,6 @@ class TestPrograms:
 
 
 @needs_libtpu
-@pytest.mark.skipif(not tpu_static.TABLE.exists(), reason="no stored table yet: tpu_static --update")
 @pytest.mark.parametrize("topology", tpu_static.CHECK_TOPOLOGIES)
 def test_the_ops_are_no_worse_than_stored(topology):
     worse, _ = tpu_static.check([topology])
