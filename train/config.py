@@ -71,6 +71,14 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """What is minimised beside the cross entropy."""
+
+    z_loss: float = 0.0
+    """weight of the squared log normaliser of each token, part of the training loss only"""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
@@ -185,6 +193,7 @@ class TrainConfig:
     """where checkpoints, metrics and the configuration go; runs/<preset> by default"""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -233,6 +242,7 @@ class TrainConfig:
         ranges = {
             "--seed": (self.seed, 0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
             "--data.held-out-fraction": (held_out, 0 < held_out < 1, "between 0 and 1"),
+            "--loss.z-loss": (self.loss.z_loss, 0 <= self.loss.z_loss < math.inf, "0 or more and finite"),
             "--data.prefetch": (self.data.prefetch, self.data.prefetch >= 0, "0 or more"),
             "--optimizer.warmup-steps": (optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
             "--optimizer.decay-fraction": (

@@ -38,6 +38,7 @@ _SHAPES_TRAINING = (
     "train.steps",
     "train.seed",
     "train.data",
+    "train.loss",
     "train.optimizer",
     "train.eval",
     "corpus",
@@ -230,6 +231,7 @@ class Run:
             self.model.mesh,
             self.rules,
             config.optimizer.accumulate,
+            config.loss.z_loss,
         )
         log = MetricsFile(self.directory / "metrics.jsonl", start) if jax.process_index() == 0 else None
         kind = self.model.mesh.devices.flat[0].device_kind

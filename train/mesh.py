@@ -60,8 +60,8 @@ class ShardingRules:
         return PartitionSpec(*placements)
 
     def shard_ops(self, mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-        """While active, layers split their ops over the mesh as these rules place rows and heads."""
-        return shard_ops(mesh, self.batch, self.heads)
+        """While active, layers split their ops and the loss over the mesh as these rules place them."""
+        return shard_ops(mesh, self.batch, self.heads, embed=self.embed, vocab=self.vocab)
 
     def sharding(
         self, mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...], where: str = "array"

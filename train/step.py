@@ -28,7 +28,7 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     """What a training step reports, all scalars."""
 
-    loss: jax.Array  # float32, nats per token
+    loss: jax.Array  # float32, nats per token, z-loss included
     grad_norm: jax.Array  # float32, before clipping
     learning_rate: jax.Array  # float32
     tokens: jax.Array  # float32, targets that counted
@@ -50,7 +50,13 @@ def micro_batches(batch: Batch, parts: int, mesh: Mesh, rules: ShardingRules) ->
 
 
 def loss_and_grads(
-    build: Build, params: Params, batch: Batch, parts: int, mesh: Mesh, rules: ShardingRules
+    build: Build,
+    params: Params,
+    batch: Batch,
+    parts: int,
+    mesh: Mesh,
+    rules: ShardingRules,
+    z_loss: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, Params]:
     """Mean loss, number of targets and gradients of a batch, computed in `parts` micro-batches.
 
@@ -60,7 +66,7 @@ def loss_and_grads(
 
     def loss_sum(params, batch):  # the sum, not the mean
         with rules.shard_ops(mesh):
-            return batch_loss_sum(build(params), batch)
+            return batch_loss_sum(build(params), batch, z_loss)
 
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
     if parts == 1:
@@ -86,6 +92,7 @@ def make_train_step(
     mesh: Mesh,
     rules: ShardingRules,
     accumulate: int = 1,
+    z_loss: float = 0.0,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]:
     """Builds the jitted `train_step(state, batch, ok) -> (state, metrics)`; the state is donated.
 
@@ -94,7 +101,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch, ok: jax.Array) -> tuple[TrainState, StepMetrics]:
-        loss, count, grads = loss_and_grads(build, state.params, batch, accumulate, mesh, rules)
+        loss, count, grads = loss_and_grads(build, state.params, batch, accumulate, mesh, rules, z_loss)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)

@@ -6,6 +6,7 @@ from deltajax.layers.delta_base import DeltaCache
 from deltajax.layers.delta_net import DeltaNet
 from deltajax.layers.gated_delta_net import GatedDeltaNet
 from deltajax.layers.kimi_delta_attention import KimiDeltaAttention
+from deltajax.layers.linear_cross_entropy import linear_cross_entropy
 from deltajax.layers.norm import GatedRMSNorm, RMSNorm
 from deltajax.layers.rotary import RotaryEmbedding
 from deltajax.layers.sharding import shard_ops
@@ -22,5 +23,6 @@ __all__ = [
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",
+    "linear_cross_entropy",
     "shard_ops",
 ]

@@ -1,8 +1,8 @@
-"""Delta-rule ops of a model whose arrays are sharded over a mesh.
+"""Ops of a model whose arrays are sharded over a mesh.
 
-XLA cannot cut a Pallas kernel in pieces by itself. Rows and heads are independent of each other, so each
-device runs the op on its own: `shard_ops` says along which mesh axes, and the layers do the rest with
-`jax.shard_map`.
+XLA cannot cut a Pallas kernel in pieces by itself, nor a loop over chunks of tokens. Rows and heads are
+independent of each other, so each device runs the op on its own: `shard_ops` says along which mesh axes, and
+the layers do the rest with `jax.shard_map`.
 """
 
 import contextlib
@@ -21,35 +21,60 @@ Axes = None | str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class OpSharding:
-    """Where the rows and heads of the layers' ops lie."""
+    """Where the rows and heads of the layers' ops, and the two dimensions of the LM head, lie."""
 
     mesh: Mesh | AbstractMesh
     batch: Axes
     heads: Axes
+    embed: Axes
+    vocab: Axes
 
     def size(self, axes: Axes) -> int:
         """Devices along the axes."""
-        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        return int(np.prod([self.mesh.shape[name] for name in names], dtype=int))
+        return int(np.prod([self.mesh.shape[name] for name in axis_names(axes)], dtype=int))
+
+    def dividing(self, axes: Axes, size: int) -> tuple[str, ...]:
+        """The axes, or none where they do not divide a dimension of that size."""
+        return () if size % self.size(axes) else axis_names(axes)
+
+
+def axis_names(axes: Axes) -> tuple[str, ...]:
+    """None, a name or several, as a tuple."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 _ACTIVE: ContextVar[OpSharding | None] = ContextVar("deltajax_op_sharding", default=None)
 
 
 @contextlib.contextmanager
-def shard_ops(mesh: Mesh | AbstractMesh, batch: Axes = None, heads: Axes = None) -> Iterator[None]:
+def shard_ops(
+    mesh: Mesh | AbstractMesh,
+    batch: Axes = None,
+    heads: Axes = None,
+    *,
+    embed: Axes = None,
+    vocab: Axes = None,
+) -> Iterator[None]:
     """While it is active, layers that are called (or traced by `jax.jit`) run their ops split over ``mesh``.
 
     Args:
       mesh: all its axes; along those not named below the op is repeated.
       batch: mesh axes of the rows. Rows that they do not divide are not split.
       heads: mesh axes of the heads; they must divide the number of query heads.
+      embed, vocab: mesh axes of the LM head's dimensions, for `linear_cross_entropy`; without effect where
+        they do not divide them.
     """
-    token = _ACTIVE.set(OpSharding(mesh, batch, heads))
+    token = _ACTIVE.set(OpSharding(mesh, batch, heads, embed, vocab))
     try:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def op_sharding() -> OpSharding | None:
+    """What `shard_ops` says, or None where it is not active or has one device only."""
+    where = _ACTIVE.get()
+    return None if where is None or where.mesh.size == 1 else where
 
 
 def run_op(op: Callable[..., Any], arrays: dict[str, Any], **options: Any) -> Any:
@@ -60,8 +85,8 @@ def run_op(op: Callable[..., Any], arrays: dict[str, Any], **options: Any) -> An
       arrays: q, k, v, beta, and g, gate, initial_state, segment_ids or None; of the ops' shapes.
       options: the op's other arguments.
     """
-    where = _ACTIVE.get()
-    if where is None or where.mesh.size == 1:
+    where = op_sharding()
+    if where is None:
         return op(**arrays, **options)
     rows, heads = where.batch, where.heads
     batch = arrays["q"].shape[0]

@@ -265,6 +265,7 @@ def test_wrong_options_are_named_and_give_status_2(args, expected, capsys):
         (["--sample.temperature", "-1"], "argument --sample.temperature"),
         (["--sample.tokens", "-1"], "argument --sample.tokens"),
         (["--data.prefetch", "-1"], "argument --data.prefetch"),
+        (["--loss.z-loss", "-1"], "argument --loss.z-loss"),
         (["--log.peak-tflops", "0"], "argument --log.peak-tflops"),
         (["--optimizer.b1", "1.5"], "argument --optimizer.b1"),
         (["--optimizer.b2", "-0.1"], "argument --optimizer.b2"),
