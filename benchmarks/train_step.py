@@ -11,14 +11,13 @@ import dataclasses
 import json
 import statistics
 import time
-from typing import Literal
 
 import jax
 import numpy as np
 import tyro
 
 from deltajax.models import flops_per_token, get_preset
-from train.config import OptimizerConfig
+from train.config import OptimizerConfig, Remat
 from train.mesh import ShardingRules, global_batch, make_mesh
 from train.model_state import model_state
 from train.optimizer import decay_mask, make_optimizer, make_schedule
@@ -34,7 +33,7 @@ class Options:
     seq_len: int = 2048
     steps: int = 8
     accumulate: int = 1
-    remat: Literal["none", "full"] = "none"
+    remat: Remat = "none"
     implementation: str | None = None
     check: bool = False
     json: str | None = None

@@ -12,10 +12,20 @@ from typing import Any, Literal
 import tyro
 
 from deltajax.models import PRESETS, ModelConfig, get_preset
+from deltajax.models.config import REMAT
 
 # Fields of the model's configuration that decide how it computes, and neither its parameters nor, but for
 # rounding, its function: a checkpoint may be resumed with others.
 ARITHMETIC = frozenset({"dtype", "remat", "chunk_size", "implementation", "attention_implementation"})
+
+
+# The choices come from tables, which a static type cannot name.
+if typing.TYPE_CHECKING:
+    Preset = str
+    Remat = str
+else:
+    Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
+    Remat = tyro.extras.literal_type_from_choices(list(REMAT))
 
 
 class ConfigError(ValueError):
@@ -40,8 +50,8 @@ class ModelOptions:
     """write strengths in [0, 2] instead of [0, 1]"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """compute dtype; parameters are float32 always"""
-    remat: str | None = None
-    """rematerialisation: none, full, dots_saveable, dots_with_no_batch_dims_saveable"""
+    remat: Remat | None = None
+    """what blocks keep for the backward pass, from fastest to smallest; the rest is computed again"""
     chunk_size: int | None = None
     """chunk of the delta-rule ops"""
     implementation: Literal["pallas", "chunked", "scan"] | None = None
@@ -170,13 +180,6 @@ class LogConfig:
     """write TensorBoard event files into the run directory"""
     peak_tflops: float | None = None
     """peak TFLOP/s of one device for MFU, where it is not one known to train.metrics"""
-
-
-# The choices come from a table, which a static type cannot name.
-if typing.TYPE_CHECKING:
-    Preset = str
-else:
-    Preset = tyro.extras.literal_type_from_choices(list(PRESETS))
 
 
 @dataclass(frozen=True)

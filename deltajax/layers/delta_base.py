@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -12,6 +13,9 @@ from deltajax.layers.norm import GatedRMSNorm, RMSNorm
 from deltajax.layers.parameters import linear, parameter
 from deltajax.layers.sharding import run_op
 from deltajax.ops import Gate, delta_rule_step, short_convolution
+
+# Name (of `jax.ad_checkpoint.checkpoint_name`) of the op's output, before norm and gate.
+OP_OUTPUT = "delta_rule_output"
 
 
 class DeltaCache(NamedTuple):
@@ -114,7 +118,7 @@ class DeltaLayer(nnx.Module):
                 chunk_size=self.chunk_size,
                 implementation=self.implementation,
             )
-        y = self._output(o, x)
+        y = self._output(checkpoint_name(o, OP_OUTPUT), x)
         if cache is None:
             return y
         q_conv, k_conv, v_conv = convs

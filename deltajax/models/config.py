@@ -8,7 +8,7 @@ from deltajax.ops.checks import MAX_K, MAX_V
 
 MIXERS = ("delta_net", "gated_delta_net", "kda", "sliding_window", "full_attention")
 DELTA_MIXERS = ("delta_net", "gated_delta_net", "kda")
-REMAT = ("none", "full", "dots_saveable", "dots_with_no_batch_dims_saveable")
+REMAT = ("none", "save_dots", "save_delta_rule", "full")
 _DTYPES = ("float32", "bfloat16", "float16")
 _IMPLEMENTATIONS = ("pallas", "chunked", "scan")
 _ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
@@ -63,7 +63,8 @@ class ModelConfig:
       initializer_range: standard deviation of embeddings and projections at initialisation.
       dtype: compute dtype.
       param_dtype: parameter dtype (`A_log` and `dt_bias` are float32 always).
-      remat: "none", "full", or the name of a `jax.checkpoint_policies` policy among `REMAT`.
+      remat: what blocks keep for the backward pass, one of `REMAT`, from fastest to smallest; see
+        `models.remat.rematerialized`.
       chunk_size: chunk of the delta-rule ops, a power of two >= 16; None for the op's choice.
       implementation: backend of the delta-rule ops, None for the op's choice.
       attention_implementation: backend of `jax.nn.dot_product_attention`, None for JAX's choice.

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from deltajax.models.block import Block, LayerCache
 from deltajax.models.config import ModelConfig
 from deltajax.models.groups import LayerGroup
+from deltajax.models.remat import rematerialized
 
 GroupCache = tuple[LayerCache, ...]  # one per block of the unit, each leaf with a leading "layers" axis
 
@@ -54,7 +55,8 @@ class ScannedBlocks(nnx.Module):
                 new_caches.append(new)
             return x, None if caches is None else tuple(new_caches)
 
-        return jax.lax.scan(_rematerialized(unit, self.remat), x, (state, cache))
+        unit = rematerialized(unit, self.remat, in_loop=self.repeats > 1)
+        return jax.lax.scan(unit, x, (state, cache))
 
     def init_cache(self, batch: int, max_length: int) -> GroupCache:
         """Empty caches of all layers, stacked."""
@@ -65,11 +67,3 @@ class ScannedBlocks(nnx.Module):
         """The unit's blocks of one repeat, with that repeat's slice of the parameters."""
         graph, state = nnx.split(self.blocks)
         return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[repeat], state))
-
-
-def _rematerialized(unit: Any, remat: str) -> Any:
-    """`unit` with what `remat` names saved for the backward pass: all, nothing, or a policy's choice."""
-    if remat == "none":
-        return unit
-    policy = None if remat == "full" else getattr(jax.checkpoint_policies, remat)
-    return jax.checkpoint(unit, policy=policy, prevent_cse=False)

@@ -1,4 +1,4 @@
-"""Properties of the language model: scan, caches, packing, remat, axis names, interfaces."""
+"""Properties of the language model: scan, caches, packing, axis names, interfaces."""
 
 import jax
 import jax.numpy as jnp
@@ -75,24 +75,6 @@ def test_the_program_does_not_grow_with_depth(tiny, kind):
         return gradient_program(config).count(" = ")
 
     assert equations(24) == equations(4) > 100
-
-
-@pytest.mark.parametrize("remat", ["full", "dots_saveable"])
-def test_remat_changes_no_gradient(tiny, remat):
-    def gradient(remat):
-        model = LanguageModel(tiny.replace(layer_pattern=("kda",), remat=remat), rngs=nnx.Rngs(0))
-        return nnx.jit(nnx.grad(lambda m: jnp.mean(m(tokens_of(2)) ** 2)))(model)
-
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient(remat), gradient("none")
-    )
-
-
-def test_remat_recomputes_the_block(tiny):
-    def products(remat):
-        return gradient_program(tiny.replace(remat=remat)).count("dot_general")
-
-    assert products("full") > products("none")
 
 
 @pytest.mark.parametrize("name", ["tiny_hybrid", "kda_1p3b", "delta_net_global_1p3b"])
