@@ -22,7 +22,7 @@ from deltajax.models import ModelConfig, get_preset
 from train.config import OptimizerConfig
 from train.mesh import MESH_AXES, ShardingRules
 from train.model_state import model_state
-from train.optimizer import decay_mask, make_optimizer, make_schedule
+from train.optimizer import make_optimizer, make_schedule
 from train.step import make_train_step
 
 # Memory of one device (a chip; of v7x, one of its two), GiB.
@@ -82,7 +82,7 @@ def compile_step(config: ModelConfig, options: Options) -> Any:
     model = model_state(config, mesh, rules)
     optimizer_config = OptimizerConfig(learning_rate=3e-4, warmup_steps=1)
     schedule = make_schedule(optimizer_config, 1000)
-    optimizer = make_optimizer(optimizer_config, schedule, decay_mask(model.logical_axes))
+    optimizer = make_optimizer(optimizer_config, schedule, model.logical_axes)
     state = model.abstract_train_state(optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(model.model, optimizer, schedule, shardings, mesh, rules)

@@ -20,7 +20,7 @@ from deltajax.models import flops_per_token, get_preset
 from train.config import OptimizerConfig, Remat
 from train.mesh import ShardingRules, global_batch, make_mesh
 from train.model_state import model_state
-from train.optimizer import decay_mask, make_optimizer, make_schedule
+from train.optimizer import make_optimizer, make_schedule
 from train.step import make_train_step
 
 
@@ -48,7 +48,7 @@ def main(options: Options) -> int:
     model = model_state(config, mesh, rules)
     optimizer_config = OptimizerConfig(learning_rate=3e-4, warmup_steps=1)
     schedule = make_schedule(optimizer_config, 1000)
-    optimizer = make_optimizer(optimizer_config, schedule, decay_mask(model.logical_axes))
+    optimizer = make_optimizer(optimizer_config, schedule, model.logical_axes)
     state = model.init_train_state(optimizer, 0)
     shardings = jax.tree.map(lambda x: x.sharding, model.abstract_train_state(optimizer))
     step = make_train_step(model.model, optimizer, schedule, shardings, mesh, rules, options.accumulate)

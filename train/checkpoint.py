@@ -112,7 +112,7 @@ class Checkpoints:
         self,
         abstract: TrainState,
         data: Any,
-        model: dict[str, Any],
+        config: dict[str, Any],
         report: Callable[[str], None],
     ) -> Restored | None:
         """The newest checkpoint that can be read, or None if there are no checkpoints.
@@ -123,18 +123,19 @@ class Checkpoints:
         Args:
             abstract: shapes, dtypes and shardings to restore into.
             data: the data iterator, set to the checkpoint's position.
-            model: this run's model configuration; how it computes (`ARITHMETIC`) may differ from the saved.
+            config: this run's, as `save` is given it. Its "model" must be the saved one's, but for how it
+                computes (`ARITHMETIC`), and so must its "optimizer_state", where both have one.
             report: is given one line per unreadable checkpoint.
 
         Raises:
-            ConfigError: a checkpoint is of another model (the message names the differing fields) or of
-                another number of processes.
+            ConfigError: a checkpoint is of another model or optimizer (the message names the differing
+                fields) or of another number of processes.
             CheckpointError: there are checkpoints and none can be read; they are left where they are.
         """
         steps, unreadable = self.steps(), []
         for step in reversed(steps):
             try:
-                restored = self._restore(step, abstract, data, model)
+                restored = self._restore(step, abstract, data, config)
             except ConfigError:
                 raise
             except Exception as error:  # whatever a damaged file makes a reader raise
@@ -151,16 +152,22 @@ class Checkpoints:
             raise CheckpointError(f"none of the checkpoints of {self.directory} can be read")
         return None
 
-    def _restore(self, step: int, abstract: TrainState, data: Any, model: dict[str, Any]) -> Restored:
-        config = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-        saved_model, digest = dict(config["model"]), int(config.pop("digest"))
-        changed = differing_fields(saved_model, model)
-        if changed := {name: values for name, values in changed.items() if name not in ARITHMETIC}:
-            raise ConfigError(
-                f"{self.directory / str(step)} holds another model: "
-                + ", ".join(f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items())
-                + "; choose another --run-dir"
-            )
+    def _restore(self, step: int, abstract: TrainState, data: Any, config: dict[str, Any]) -> Restored:
+        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+        digest = int(saved.pop("digest"))
+        for part, what, free in (
+            ("model", "model", ARITHMETIC),
+            ("optimizer_state", "optimizer", frozenset()),
+        ):
+            if part not in saved or part not in config:
+                continue
+            changed = differing_fields(saved[part], config[part])
+            if changed := {name: values for name, values in changed.items() if name not in free}:
+                raise ConfigError(
+                    f"{self.directory / str(step)} holds another {what}: "
+                    + ", ".join(f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items())
+                    + "; choose another --run-dir"
+                )
         positions = list((self.directory / str(step) / "data").glob("process_*-of-*.json"))
         if positions and not any(p.stem.endswith(f"-of-{jax.process_count()}") for p in positions):
             raise ConfigError(
@@ -173,7 +180,7 @@ class Checkpoints:
         )
         if int(_digest(restored.state)) != digest:
             raise ValueError("its arrays do not match their checksum")
-        return Restored(restored.state, config)
+        return Restored(restored.state, saved)
 
     def _set_aside(self, steps: list[int]) -> None:
         if steps and jax.process_index() == 0:

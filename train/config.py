@@ -90,10 +90,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "muon", "adafactor"] = "adamw"
+    """muon: for the matrices of blocks, AdamW for the rest; adafactor: without parameter scaling"""
     learning_rate: float = 2e-3
-    """peak learning rate"""
+    """peak learning rate; one that suits adamw suits the others"""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """after warm-up: a cosine to the end, or stable and then a linear decay"""
     warmup_steps: int = 20
@@ -103,13 +105,17 @@ class OptimizerConfig:
     final_fraction: float = 0.1
     """final learning rate as a share of the peak"""
     b1: float = 0.9
-    """decay of the first moment"""
+    """decay of the first moment; muon's matrices have 0.95; adafactor keeps no first moment at 0"""
     b2: float = 0.95
-    """decay of the second moment"""
+    """decay of the second moment; adafactor has its own"""
     eps: float = 1e-8
-    """added to the root of the second moment"""
+    """added to the root of the second moment; adafactor has its own"""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the first moment; the second is float32"""
     weight_decay: float = 0.1
-    """decoupled weight decay of matrices and embeddings"""
+    """decoupled weight decay of matrices, never of norms, biases, taps, A_log and dt_bias"""
+    decay_embeddings: bool = True
+    """weight decay of the embedding table too"""
     clip_norm: float = 1.0
     """largest global gradient norm"""
     accumulate: int = 1

@@ -26,7 +26,7 @@ from train.mesh import ShardingRules, global_batch, make_mesh
 from train.metrics import MetricsFile, Throughput, peak_flops
 from train.model_state import ModelState, model_state
 from train.objective import batch_loss_sum
-from train.optimizer import decay_mask, make_optimizer, make_schedule
+from train.optimizer import make_optimizer, make_schedule, state_layout
 from train.report import Report
 from train.sample import sample_text
 from train.step import StepMetrics, TrainState, make_eval_step, make_train_step
@@ -195,7 +195,7 @@ class Run:
         restored = checkpoints.restore_newest(
             self.model.abstract_train_state(self.optimizer),
             data,
-            self._saved_config["model"],
+            self._saved_config,
             self.report.say,
         )
         if restored is None:
@@ -351,6 +351,7 @@ class Run:
     def _saved_config(self) -> dict[str, Any]:
         return {
             "model": options.to_dict(self.model.config),
+            "optimizer_state": state_layout(self.config.optimizer),
             "train": options.to_dict(self.config),
             "corpus": {"fingerprint": self.corpus.fingerprint},
         }
@@ -363,7 +364,7 @@ class Run:
     @cached_property
     def optimizer(self) -> Any:
         """The Optax optimizer."""
-        return make_optimizer(self.config.optimizer, self.schedule, decay_mask(self.model.logical_axes))
+        return make_optimizer(self.config.optimizer, self.schedule, self.model.logical_axes)
 
     @cached_property
     def eval_batches(self) -> list[Batch]:

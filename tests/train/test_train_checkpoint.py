@@ -18,6 +18,7 @@ from train.config import ConfigError
 from train.step import TrainState
 
 MODEL = {"hidden_size": 32, "layers": ["kda"], "remat": "none", "implementation": "scan"}
+ADAMW = {"name": "adamw", "moment_dtype": "float32"}
 
 
 def state_at(step: int) -> TrainState:
@@ -33,17 +34,18 @@ def save(directory: Path, eval_losses: list[float | None], keep: int = 2) -> Non
     checkpoints, data = Checkpoints(directory, keep), numbers()
     for step, loss in enumerate(eval_losses, start=1):
         next(data)
-        checkpoints.save(step, state_at(step), data, {"model": MODEL, "train": {}}, loss)
+        checkpoints.save(step, state_at(step), data, {"model": MODEL, "optimizer_state": ADAMW}, loss)
     checkpoints.close()
 
 
-def restore(directory: Path, model=MODEL):
+def restore(directory: Path, model=MODEL, optimizer=ADAMW):
     checkpoints, data, said = Checkpoints(directory, 2), numbers(), []
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_at(0)
     )
     try:
-        return checkpoints.restore_newest(abstract, data, model, said.append), data, said
+        config = {"model": model, "optimizer_state": optimizer}
+        return checkpoints.restore_newest(abstract, data, config, said.append), data, said
     finally:
         checkpoints.close()
 
@@ -68,7 +70,7 @@ def test_state_and_data_position_come_back_bit_for_bit(tmp_path):
     assert jax.tree.structure(restored.state) == jax.tree.structure(state_at(2)) and not said
     jax.tree.map(np.testing.assert_array_equal, restored.state, state_at(2))
     assert next(data) == 2
-    assert restored.config == {"model": MODEL, "train": {}}
+    assert restored.config == {"model": MODEL, "optimizer_state": ADAMW}
 
 
 def test_newest_and_best_are_kept(tmp_path):
@@ -110,6 +112,14 @@ def test_another_model_is_refused_naming_the_fields(tmp_path):
     with pytest.raises(ConfigError, match=r"hidden_size is 32 there and 64 here"):
         restore(tmp_path / "c", other)
     assert (tmp_path / "c" / "1").is_dir()  # and left alone
+
+
+def test_another_optimizer_is_refused_naming_the_fields(tmp_path):
+    save(tmp_path / "c", [None])
+    with pytest.raises(ConfigError, match=r"another optimizer: name is 'adamw' there and 'muon' here"):
+        restore(tmp_path / "c", optimizer=ADAMW | {"name": "muon"})
+    with pytest.raises(ConfigError, match=r"moment_dtype is 'float32' there and 'bfloat16' here"):
+        restore(tmp_path / "c", optimizer=ADAMW | {"moment_dtype": "bfloat16"})
 
 
 def test_the_same_model_computed_otherwise_is_accepted(tmp_path):

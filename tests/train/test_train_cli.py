@@ -128,6 +128,44 @@ def test_resumed_losses_are_exactly_those_of_an_uninterrupted_run(finished, tmp_
     assert final[0] == final[1]
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ["adamw", "--optimizer.moment-dtype", "bfloat16"],
+        ["muon"],
+        ["adafactor"],
+        ["adafactor", "--optimizer.b1", "0"],
+    ],
+    ids=" ".join,
+)
+def test_every_optimizer_trains_and_resumes_as_if_uninterrupted(tmp_path, text, optimizer):
+    args = [*TINY, "--data.files", text, "--optimizer.name", *optimizer, "--optimizer.schedule", "wsd"]
+    args += [
+        "--steps",
+        "6",
+        "--checkpoint.every",
+        "3",
+        "--checkpoint.keep",
+        "9",
+        "--optimizer.accumulate",
+        "2",
+    ]
+    assert main([*args, "--run-dir", str(tmp_path / "whole")]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+    assert main([*args, "--run-dir", str(tmp_path / "cut")]) == 0
+    whole = losses(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == whole and len(whole) == 6
+    assert whole[6] < whole[1]
+
+
+def test_resuming_with_another_optimizer_is_refused(finished, tmp_path, capsys):
+    directory, args = in_copy(finished, tmp_path)
+    assert main([*args, "--steps", "9", "--optimizer.name", "muon"]) == 2
+    assert "another optimizer: name is 'adamw' there and 'muon' here" in capsys.readouterr().err
+    assert losses(directory) == losses(finished[0])
+
+
 def test_damaged_newest_checkpoint_is_passed_over(finished, tmp_path, capsys):
     directory, args = in_copy(finished, tmp_path)
     shutil.rmtree(directory / "checkpoints" / "8" / "state")

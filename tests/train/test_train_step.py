@@ -16,7 +16,7 @@ from train.config import OptimizerConfig
 from train.mesh import ShardingRules, make_mesh
 from train.model_state import model_state
 from train.objective import batch_loss_sum
-from train.optimizer import decay_mask, make_optimizer
+from train.optimizer import make_optimizer
 from train.step import loss_and_grads, make_train_step
 
 # The module, behind the function of the same name.
@@ -115,9 +115,7 @@ def test_gradients_of_a_bfloat16_model_accumulate_in_float32():
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_state_is_donated_whole(model, parts):
-    optimizer = make_optimizer(
-        OptimizerConfig(), optax.constant_schedule(1e-2), decay_mask(model.logical_axes)
-    )
+    optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(1e-2), model.logical_axes)
     state = model.abstract_train_state(optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(
@@ -149,9 +147,7 @@ def test_parameters_match_the_module_they_came_from(model, params):
 
 
 def test_step_trains_and_a_bad_batch_stops_it_untouched(model):
-    optimizer = make_optimizer(
-        OptimizerConfig(), optax.constant_schedule(1e-2), decay_mask(model.logical_axes)
-    )
+    optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(1e-2), model.logical_axes)
     shardings = jax.tree.map(lambda x: x.sharding, model.abstract_train_state(optimizer))
     step = make_train_step(
         model.model, optimizer, optax.constant_schedule(1e-2), shardings, model.mesh, RULES
