@@ -44,9 +44,10 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
-def test_sharded_run_equals_one_device(tmp_path, text):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_sharded_run_equals_one_device(tmp_path, text, optimizer):
     common = [*TINY, "--data.files", text, "--data.batch-size", "8", "--steps", "4"]
-    common += ["--optimizer.accumulate", "2", "--preset", "tiny_kda"]
+    common += ["--optimizer.accumulate", "2", "--preset", "tiny_kda", "--optimizer.name", optimizer]
     for name, mesh in {"one": (1, 1), "four": (2, 2)}.items():
         done = run(
             *common, "--run-dir", tmp_path / name, "--mesh.data", mesh[0], "--mesh.fsdp", mesh[1], devices=8
