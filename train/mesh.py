@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltajax.layers import shard_ops
@@ -87,18 +89,19 @@ def _axes(placement: Placement) -> tuple[str, ...]:
     return () if placement is None else (placement,) if isinstance(placement, str) else placement
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
+def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A [data, fsdp] mesh over the available devices.
 
     Args:
         data: copies of the parameters; -1 takes every device left over by `fsdp`.
         fsdp: parts that parameters and optimizer state are split into.
+        devices: None for `jax.devices()`.
 
     Raises:
         ValueError: sizes that do not fit the number of devices. A single process may leave devices
             idle; several processes must use all of them.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if fsdp < 1 or (data < 1 and data != -1):
         raise ValueError(f"mesh sizes must be positive (or data -1), got data={data}, fsdp={fsdp}")
     if data == -1:
@@ -106,7 +109,12 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     wanted = data * fsdp
     if wanted > len(devices) or (jax.process_count() > 1 and wanted != len(devices)):
         raise ValueError(f"mesh data={data} x fsdp={fsdp} needs {wanted} devices, found {len(devices)}")
-    return jax.make_mesh((data, fsdp), MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+    if wanted == len(devices):
+        # Neighbours in the mesh are neighbours in the pod; an axis may take a part of one of the pod's.
+        grid = create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    else:
+        grid = np.array(devices[:wanted]).reshape(data, fsdp)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def global_batch(batch: Any, mesh: Mesh, rules: ShardingRules) -> Any:

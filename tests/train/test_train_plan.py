@@ -1,0 +1,125 @@
+"""`python -m train.plan`: real compilations of small pods' steps (where libtpu is), and its errors."""
+
+import math
+import re
+import types
+
+import pytest
+
+from train import plan, pod_step, tpu_aot
+from train.mesh import make_mesh
+from train.plan import main
+
+needs_libtpu = pytest.mark.skipif(not tpu_aot.available(), reason="needs `uv run --with libtpu`")
+SMALL = ["--preset", "tiny_delta_net", "--batch", "8", "--seq-len", "256"]
+
+
+def number(out: str, row: str) -> float:
+    """The first number in a table's row."""
+    (line,) = [line for line in out.splitlines() if re.match(rf"│ {row}\s", line)]
+    return float(line.split("│")[2].replace(",", ""))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology, devices", [("v5e:2x2", 4), ("tpu7x:2x2x1", 8)])
+def test_a_small_step_fits_with_kernels_and_the_report_adds_up(topology, devices, tmp_path, capsys):
+    report = tmp_path / "report.txt"
+    args = [*SMALL, "--topology", topology, "--mesh.fsdp", "2", "--model.remat", "save_delta_rule"]
+    assert main([*args, "--output", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert f"{devices} devices as data {devices // 2} x fsdp 2" in out
+    # Four layers, and the forward half is not run again.
+    assert "Pallas kernels: delta_rule_backward x 4, delta_rule_forward x 4" in out
+    assert number(out, "optimizer state") == pytest.approx(2 * number(out, "parameters"), abs=2e-3)
+    assert number(out, "HBM") == {"v5e": 16, "tpu7x": 96}[topology.split(":")[0]]
+    assert number(out, "all-gather") > 4 and number(out, "reduce-scatter") > 0
+    assert "model FLOPs of a step" in out and "\nfits\n" in out
+    assert report.read_text() in out and "compiled in" not in report.read_text()
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology, fsdp", [("v5p:8x8x8", 16), ("v5p:8x8x8", 64), ("v5e:16x16", 4)])
+def test_the_mesh_keeps_a_pods_neighbours_together_and_may_split_its_axes(topology, fsdp):
+    devices = tpu_aot.devices_of(topology)
+    mesh = make_mesh(-1, fsdp, devices)
+    assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
+    for group in mesh.devices:  # devices along fsdp lie in one box of exactly their number
+        ranges = zip(*(d.coords for d in group), strict=True)
+        assert math.prod(max(x) - min(x) + 1 for x in ranges) == fsdp
+
+
+@needs_libtpu
+def test_a_step_too_large_says_so_in_the_compilers_words(capsys):
+    args = ["--preset", "tiny_delta_net", "--topology", "v5e:2x2", "--model.num-layers", "1"]
+    assert main([*args, "--batch", "32768", "--seq-len", "512"]) == 1
+    out = capsys.readouterr().out
+    assert "\ndoes not fit\n" in out and "the compiler: " in out and "Pallas" not in out
+    assert number(out, "total") > 16
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--mesh.fsdp", "4", "--model.hidden-size", "130"], "not divisible by mesh axis 'fsdp' of size 4"),
+        (["--mesh.fsdp", "3"], "argument --mesh: data -1 x fsdp 3 is 3 devices, expected all 4 of v5e:2x2"),
+        (["--mesh.fsdp", "8"], "argument --mesh: data -1 x fsdp 8 is 8 devices, expected all 4 of v5e:2x2"),
+        (["--mesh.fsdp", "0"], "mesh sizes must be positive (or data -1), got data=-1, fsdp=0"),
+        (["--batch", "6"], "batch 6: expected a multiple of 4 devices x 1 micro-batches"),
+        (["--topology", "v5e:3x5"], "topology 'v5e:3x5'"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_named(change, message, capsys):
+    assert main([*SMALL, "--topology", "v5e:2x2", *change]) == 2
+    assert message in (err := capsys.readouterr().err) and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--topology", "v9:2x2"], "argument --topology: 'v9:2x2', expected one of v5e, v5p, v6e, tpu7x"),
+        (["--seq-len", "0"], "argument --seq-len: must be positive, got 0"),
+        (["--model.head-dim", "300"], "--model.head-dim 300"),
+        (["--optimizer.b1", "1.5"], "argument --optimizer.b1"),
+    ],
+)
+def test_wrong_options_are_named(change, message, capsys):
+    assert main([*SMALL, "--topology", "v5e:2x2", *change]) == 2
+    assert message in (err := capsys.readouterr().err) and err.startswith("error: ")
+
+
+def test_a_missing_libtpu_is_said_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setattr(tpu_aot, "available", lambda: False)
+    assert main([*SMALL, "--topology", "v5e:2x2"]) == 2
+    assert "uv run --with libtpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "said, temporaries, total",
+    [
+        ("Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm.", None, int(21.5 * 2**30)),
+        (
+            "total memory required for HLO temporaries (20.00G) exceeds HBM (15.75G).",
+            20 * 2**30,
+            20 * 2**30 + 6,
+        ),
+        ("in words that are new", None, 6),
+    ],
+)
+def test_the_compilers_refusal_is_read(said, temporaries, total):
+    arguments = dict(parameters=1, optimizer=2, batch=3)
+    memory = pod_step._exceeded(f"RESOURCE_EXHAUSTED: {said}\nand more", arguments, 16 * 2**30)
+    assert (memory.temporaries, memory.total) == (temporaries, total)
+    assert not memory.fits and said in str(memory.over)
+
+
+@pytest.mark.parametrize(
+    "kind, generation",
+    [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x")],
+)
+def test_every_generation_has_its_memory(kind, generation):
+    class Devices:
+        flat = (types.SimpleNamespace(device_kind=kind),)
+
+    assert pod_step._generation(types.SimpleNamespace(devices=Devices())) == generation
+    assert generation in pod_step.HBM_GIB and plan.peak_flops(kind)
