@@ -3,7 +3,7 @@
     python -m benchmarks.train_step                          # delta_net_1p3b, 16,384 tokens a step
     python -m benchmarks.train_step --preset tiny_kda --batch 4 --seq-len 256 --steps 3 --check
 
-Float32 parameters, the preset's compute dtype, AdamW, random tokens; the median step is reported. ``--check``
+Float32 parameters, the preset's compute dtype, random tokens; the median step is reported. ``--check``
 fails unless every loss is finite and the last is below the first.
 """
 
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import statistics
 import time
+from typing import Literal
 
 import jax
 import numpy as np
@@ -34,6 +35,8 @@ class Options:
     steps: int = 8
     accumulate: int = 1
     remat: Remat = "none"
+    optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
     implementation: str | None = None
     check: bool = False
     json: str | None = None
@@ -46,7 +49,9 @@ def main(options: Options) -> int:
     )
     mesh, rules = make_mesh(1, 1), ShardingRules()
     model = model_state(config, mesh, rules)
-    optimizer_config = OptimizerConfig(learning_rate=3e-4, warmup_steps=1)
+    optimizer_config = OptimizerConfig(
+        name=options.optimizer, moment_dtype=options.moment_dtype, learning_rate=3e-4, warmup_steps=1
+    )
     schedule = make_schedule(optimizer_config, 1000)
     optimizer = make_optimizer(optimizer_config, schedule, model.logical_axes)
     state = model.init_train_state(optimizer, 0)
@@ -88,7 +93,8 @@ def main(options: Options) -> int:
         "losses": losses,
     }
     print(
-        f"{row['card']} {options.preset} {options.batch}x{options.seq_len} remat={options.remat}: "
+        f"{row['card']} {options.preset} {options.batch}x{options.seq_len} {options.optimizer} "
+        f"remat={options.remat}: "
         f"{row['parameters']:,} parameters, {row['tokens_per_s']:,.0f} tokens/s, "
         f"{row['tflops']:.0f} TFLOP/s, "
         f"peak {row['peak_gib']:.1f} GiB (program {row['program_gib']:.1f}), compile {compile_s:.0f} s, "
