@@ -1,5 +1,7 @@
 """One grid step of the backward kernel: the stages its units go through. The maths is in `backward`."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,13 +11,14 @@ from jax.experimental import pallas as pl
 from pallas_kernels.tpu import chunk, gates, tiles
 from pallas_kernels.tpu.chunk import LAST, SEEN, Refs, Scalars, Unit
 from pallas_kernels.tpu.config import Blocks, Config
-from pallas_kernels.tpu.dots import NN, NT, TN, bf16_dot, dot, split
+from pallas_kernels.tpu.dots import NN, NT, TN, bf16_dot, dot, dot_split_left, split
 from pallas_kernels.tpu.inverse import iota
 from pallas_kernels.tpu.launch import Saved
 from pallas_kernels.tpu.relations import (
     RelationGradients,
     channel_relation_gradients,
     diagonal,
+    relate,
     relate_split,
     relations_pulled,
     stack,
@@ -45,6 +48,8 @@ class Work:
         self.until: list[Any] = []  # exp(G_C - G), zero where nothing is left
         self.keep: list[Any] = []  # exp(G_C)
         self.V: list[Any] = []
+        self.read: list[Any] = []  # K~ S
+        self.written: list[Any] = []  # Kbar dS
         self.R: list[Any] = []
         self.dO: list[Any] = []
         self.dV: list[Any] = []  # P^T dO
@@ -56,6 +61,13 @@ class Work:
 
 def _times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
     return x if factor is None else x * factor
+
+
+def lane_sum(xs: Sequence[jax.Array]) -> jax.Array:
+    """Sum over the lanes of all xs, [m, .]: [m, 1]."""
+    if len({x.shape for x in xs}) == 1:
+        xs = [functools.reduce(jnp.add, xs)]
+    return functools.reduce(jnp.add, [jnp.sum(x, axis=1, keepdims=True) for x in xs])
 
 
 class Backward:
@@ -118,6 +130,7 @@ class Backward:
         for j, h in enumerate(heads):
             state = self.saved.states[0, h, c]  # [V, K]
             read = dot(_times(w.unit.heads[j].k, w.since[j]), state, NT, passes)
+            w.read.append(read)
             w.R.append(v[j] - read)
             yield
         values = dot(w.T * chunk.lane_rows(s.beta, heads, c, C), diagonal(w.R), NN, 3)  # V': [C, n V]
@@ -132,8 +145,13 @@ class Backward:
         """dS from behind the chunk to before it."""
         C, passes = self.C, self.passes
         w.dS = [self.dstate[h] for h in heads]
-        for j in range(len(heads)):
-            w.dV[j] = w.dV[j] + dot(_times(w.unit.heads[j].k, w.until[j]), w.dS[j], NT, passes)
+        for j, head in enumerate(w.unit.heads):
+            if self.config.gate == "channel":
+                written = dot(head.k * w.until[j], w.dS[j], NT, passes)
+            else:  # rows are scaled afterwards: k as given needs no rounding
+                written = dot(head.k_given, w.dS[j], NT, passes) * _times(head.k_factor, w.until[j])
+            w.written.append(written)
+            w.dV[j] = w.dV[j] + written
         yield
         turned = w.T.T  # [nC, C]
         w.dY = [dot(turned[j * C : (j + 1) * C], x, NN, 3) for j, x in enumerate(w.dV)]
@@ -147,6 +165,8 @@ class Backward:
             left = jnp.concatenate([w.dO[j], *parts], axis=0)
             right = jnp.concatenate([reads[0], *[reads[1]] * len(parts)], axis=0)
             self.dstate[h] = _times(w.dS[j], w.keep[j]) + dot(left, right, TN, passes)
+            if self.config.gate == "head":  # the shorter schedule
+                yield
         yield
 
     def finish(self, w: Work, c: int, heads: list[int]) -> Steps:
@@ -156,10 +176,15 @@ class Backward:
         lane = iota((C, n * C), 1)
         strict, inclusive = chunk.pairs_in_order(s, c, n, C)
         tiles.store(self.out.v, c * C, heads, w.dR, blocks.interpret)
-        product = relate_split(
-            [stack(x.astype(self.work), y) for x, y in zip(w.dY, w.dO, strict=True)], w.V, passes
-        )
-        dA = jnp.where(strict, -product[:C], 0.0)
+        yield
+        parts: list[Any] = [split(x) if passes == 1 else (x, None) for x in w.dY]
+        product = relate_split([stack(x, y) for (x, _), y in zip(parts, w.dO, strict=True)], w.V, passes)
+        dY_V = product[:C]
+        if config.gate == "head" and passes == 1:  # dg sums dA over pairs in which dY, too, may cancel
+            yield
+            dY_V += relate([low for _, low in parts], w.V, 1)
+            yield
+        dA = jnp.where(strict, -dY_V, 0.0)
         dP = jnp.where(inclusive, product[C:], 0.0)
         yield
         dkk = dA * chunk.lane_columns(s.beta_columns, heads, c, C)
@@ -169,13 +194,18 @@ class Backward:
             dbeta += jnp.sum(jnp.where(lane // C == j, through, 0.0), axis=1, keepdims=True)
             self.set_column(c, h, 0, dbeta)
         yield
-        dq, dk, dG, dtotal = [], [], [], []
+        dq, dk = [], []
+        dG: list[Any] = []  # of a per-head gate two parts, over key and over value channels; so dtotal
+        dtotal: list[Any] = []
         for j, h in enumerate(heads):
             state = self.saved.states[0, h, c]
             head, since, until = w.unit.heads[j], w.since[j], w.until[j]
             read = dot(stack(w.dR[j].astype(self.work), w.dO[j]), state, NN, passes)
             dk_read, dq_read = -read[:C], read[C:]  # dK~, dQ~
-            dk_write = dot(w.V[j], w.dS[j], NN, passes)  # dKbar
+            if config.gate == "channel":  # dKbar; V' may cancel in the sums over tokens that make dg
+                dk_write = dot_split_left(w.V[j], w.dS[j], passes)
+            else:
+                dk_write = dot(w.V[j], w.dS[j], NN, passes)
             yield
             dq_h, from_read, from_write = (
                 _times(x, f) for x, f in ((dq_read, since), (dk_read, since), (dk_write, until))
@@ -183,10 +213,15 @@ class Backward:
             dq.append(dq_h)
             dk.append(from_read + from_write)
             if head.G is not None:
+                kept = jnp.sum(state.astype(jnp.float32) * w.dS[j], axis=0, keepdims=True) * w.keep[j]
+            if config.gate == "channel":
                 written = from_write * head.k
                 dG.append(dq_h * head.q + from_read * head.k - written)
-                kept = jnp.sum(state.astype(jnp.float32) * w.dS[j], axis=0, keepdims=True) * w.keep[j]
                 dtotal.append(kept + jnp.sum(written, axis=0, keepdims=True))  # [1, K]
+            elif config.gate == "head":  # k dk = u du summed over channels, and u, du are not rounded
+                written = w.V[j] * w.written[j]
+                dG.append((dq_h * head.q, -w.dR[j] * w.read[j] - written))
+                dtotal.append((kept, jnp.sum(written, axis=0, keepdims=True)))
             yield
         if config.gate == "channel":
             got = RelationGradients([], [], [])
@@ -217,8 +252,12 @@ class Backward:
     def suffix_sums(self, x: jax.Array) -> jax.Array:
         """Sum over the tokens from each on: [C, D]."""
         C = self.C
-        triu = jnp.where(iota((C, 2 * C), 0) <= iota((C, 2 * C), 1) % C, 1.0, 0.0).astype(jnp.bfloat16)
-        return bf16_dot(triu, jnp.concatenate(split(x), axis=0))
+        parts = list(split(x))
+        if self.passes == 3:  # what the sums leave may be 2^-10 of their terms
+            parts[1:] = split(x - parts[0].astype(jnp.float32))
+        shape = (C, len(parts) * C)
+        triu = jnp.where(iota(shape, 0) <= iota(shape, 1) % C, 1.0, 0.0).astype(jnp.bfloat16)
+        return bf16_dot(triu, jnp.concatenate(parts, axis=0))
 
     def channel_gate(self, heads, c, dG, dtotal) -> Steps:
         """Gradients of a per-channel gate: dg_t sums dG over the tokens from t on."""
@@ -251,12 +290,12 @@ class Backward:
         crossing = jnp.where(iota(shape, 0) > iota(shape, 1) % C, crossing, 0.0)
         own = jnp.zeros((C, 128), jnp.float32)
         for j in range(n):
-            own = jnp.where(iota(own.shape, 1) == j, jnp.sum(dG[j], axis=1, keepdims=True), own)
+            own = jnp.where(iota(own.shape, 1) == j, lane_sum(dG[j]), own)
         own = self.suffix_sums(own)
         yield
         for j, h in enumerate(heads):
             pairs = jnp.sum(jnp.where(iota(shape, 1) // C == j, crossing, 0.0), axis=1, keepdims=True)
-            total = jnp.sum(dtotal[j], axis=1, keepdims=True)
+            total = lane_sum(dtotal[j])
             self.set_column(c, h, 1, pairs + own[:, j : j + 1] + total)
         yield
 

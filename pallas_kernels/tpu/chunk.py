@@ -76,6 +76,7 @@ class Head:
     k: jax.Array
     q_factor: Any  # what q and k were multiplied by: [C, 1], or a number
     k_factor: Any
+    k_given: Any = None  # k as it was before normalisation
     G: Any = None  # [C, K] or [C, 1]
     decays: Any = None  # Decays of a per-channel gate
 
@@ -122,7 +123,7 @@ def load_heads(
     for h, q, k in zip(key_heads, qs, ks, strict=True):
         q, k = keep(q), keep(k)
         q_factor, k_factor = normalizer(q, config.scale, config), normalizer(k, 1.0, config)
-        loaded[h] = q * q_factor, k * k_factor, q_factor, k_factor
+        loaded[h] = q * q_factor, k * k_factor, q_factor, k_factor, k
         yield
     unit.heads = [Head(*loaded[h // blocks.group]) for h in heads]
     if config.gate == "channel":
