@@ -42,7 +42,7 @@ class Kernel:
 SAVED = "delta_rule_saved"
 # Lowering platform ("tpu", "cuda") -> its Pallas kernels.
 PALLAS: Mapping[str, Kernel] = {
-    "cuda": Kernel(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.unsupported),
+    "cuda": Kernel(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.unsupported, pallas_gpu.saving),
     "tpu": Kernel(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.unsupported, pallas_tpu.saving),
 }
 

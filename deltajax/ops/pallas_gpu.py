@@ -16,8 +16,6 @@ from pallas_kernels.gpu.tiles import CHUNK
 HEAD_SIZES = (64, 128)  # K; others are filled up with zeros
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
-backward = chunked.backward
-
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
     """Why the kernels cannot run this call, or None if they can."""
@@ -52,8 +50,69 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
     Products of a per-channel gate's call and of float16 inputs have float16 operands: there |q| and |k| must
     stay below 65504. The values and the state may be any float32 numbers.
     """
+    if options.gate_kind != "channel":
+        return _head(inputs, options, keep=False)[:2]
+    o, state = delta_rule.channel_forward(
+        *_call(inputs, options), lower_bound=options.lower_bound, **_common(options)
+    )
+    return _cut(o, state, inputs)
+
+
+def _head(inputs: Inputs, options: Options, *, keep: bool) -> tuple[Array, Array, Any]:
+    """Outputs, final state and, to ``keep``, what the backward half reads; no per-channel gate."""
+    o, state, saved = delta_rule.head_forward(*_call(inputs, options), **_common(options), keep=keep)
+    return *_cut(o, state, inputs), saved
+
+
+def saving(inputs: Inputs, options: Options) -> tuple[Array, Array, tuple[Array, ...]]:
+    """`forward`, and the arrays that `backward` reads: none where that is the chunked form."""
+    if not _backward_kernels(inputs, options):
+        return *forward(inputs, options), ()
+    o, state, saved = _head(inputs, options, keep=True)
+    return o, state, tuple(jax.tree.leaves(saved))
+
+
+def backward(
+    inputs: Inputs, options: Options, do: Float[Array, "B T HV V"], dfinal: Array, *saved: Array
+) -> Inputs:
+    """Gradients of all float inputs, None for the others."""
+    if not saved:
+        return chunked.backward(inputs, options, do, dfinal)
+    floats = inputs._replace(segment_ids=None)
+    call, pull = jax.vjp(lambda x: _call(x._replace(segment_ids=inputs.segment_ids), options), floats)
+    q, k, v, beta, g, state = call
+    do = _pad(do, None)
+    dfinal = _transposed(dfinal, v.shape[-1], q.shape[-1])
+    states, values, inverse, p, factors = saved
+    kept = delta_rule.Saved(delta_rule.Kept(states, values), inverse, p, factors)
+    dq, dk, dv, dbeta, dg, dstate = delta_rule.head_backward(
+        q, k, v, do, dfinal, kept, gated=g is not None, **_common(options)
+    )
+    T = beta.shape[1]
+    dcall = (dq, dk, dv, dbeta[:, :T], None if dg is None else dg[:, :T], None if state is None else dstate)
+    return pull(dcall)[0]
+
+
+def _backward_kernels(inputs: Inputs, options: Options) -> bool:
+    """Whether the kernels' backward pass takes this call; else its backward pass is the chunked form's."""
+    inside_shard_map = bool(jax.typeof(inputs.q).manual_axis_type.varying)  # as in `unsupported`
+    # With a per-head gate the kernels run, but dg of repeated keys and dA_log are off by more than 2e-2.
+    return options.gate_kind == "none" and inputs.q.dtype == jnp.bfloat16 and not inside_shard_map
+
+
+def _common(options: Options) -> dict[str, Any]:
+    return dict(normalize=options.normalize_qk, scale=options.scale)
+
+
+def _cut(o: Array, state: Array, inputs: Inputs) -> tuple[Array, Array]:
+    """Outputs and the transposed final state without what filled up their sizes."""
+    T, V, K = inputs.v.shape[1], inputs.v.shape[-1], inputs.q.shape[-1]
+    return o[:, :T, :, :V], state[:, :, :V, :K].mT
+
+
+def _call(inputs: Inputs, options: Options) -> tuple[Any, ...]:
+    """The kernels' arguments: (q, k, v, beta, log decay, state), or (.., beta, g, kind, gate, state)."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    T, V, K = v.shape[1], v.shape[-1], q.shape[-1]
     beta, ids = inputs.beta.astype(jnp.float32), inputs.segment_ids  # [B, T, HV], [B, T]
     if ids is not None:  # padding must not reach a product, not even as NaN
 
@@ -63,27 +122,27 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
         q, k, v, beta = keep(q), keep(k), keep(v), keep(beta)
         reset = jnp.broadcast_to(segments.resets(ids)[..., None], beta.shape)
 
-    state = inputs.initial_state
     q, k, v = _pad(q, HEAD_SIZES), _pad(k, HEAD_SIZES), _pad(v, None)
-    if state is not None:  # transposed, [B, HV, V, K]
-        missing = ((0, 0), (0, 0), (0, v.shape[-1] - V), (0, q.shape[-1] - K))
-        state = jnp.pad(state.astype(jnp.float32).mT, missing)
-    common: dict[str, Any] = dict(normalize=options.normalize_qk, scale=options.scale)
+    state = inputs.initial_state
+    if state is not None:
+        state = _transposed(state, v.shape[-1], q.shape[-1])
     if options.gate_kind == "channel":
         assert inputs.g is not None
         kind = None
         if ids is not None:
             kind = jnp.where(reset, RESET, jnp.where((ids != 0)[..., None], PRESENT, ABSENT))
         g, gate = _pad(inputs.g, HEAD_SIZES), _gate(inputs, q.shape[-1])
-        o, state = delta_rule.channel_forward(
-            q, k, v, beta, g, kind, gate, state, lower_bound=options.lower_bound, **common
-        )
-    else:
-        decay = _log_decay(inputs, options)
-        if ids is not None:
-            decay = jnp.where(reset, MIN_LOG_DECAY, jnp.zeros_like(beta) if decay is None else keep(decay))
-        o, state = delta_rule.head_forward(q, k, v, beta, decay, state, **common)
-    return o[:, :T, :, :V], state[:, :, :V, :K].mT
+        return q, k, v, beta, g, kind, gate, state
+    decay = _log_decay(inputs, options)
+    if ids is not None:
+        decay = jnp.where(reset, MIN_LOG_DECAY, jnp.zeros_like(beta) if decay is None else keep(decay))
+    return q, k, v, beta, decay, state
+
+
+def _transposed(state: Array, V: int, K: int) -> Array:
+    """[B, HV, K, V] to [B, HV, V, K] float32 with zeros up to the given sizes."""
+    state = state.astype(jnp.float32).mT
+    return jnp.pad(state, ((0, 0), (0, 0), (0, V - state.shape[2]), (0, K - state.shape[3])))
 
 
 def _gate(inputs: Inputs, K: int) -> Array | None:

@@ -1,14 +1,31 @@
-"""Forward of the chunkwise delta rule on Hopper: a chunk-parallel kernel, then the walk over the chunks."""
+"""The chunkwise delta rule on Hopper: chunk-parallel kernels and walks over the chunks.
+
+Forward: relations, then the walk. Backward: the walk back, then the gradients of every chunk.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.gpu.channel_relations import PRESENT, channel_relations
-from pallas_kernels.gpu.recurrence import Chunks, Plan, walk
+from pallas_kernels.gpu.head_gradients import MULTIPROCESSORS, head_gradients
+from pallas_kernels.gpu.recurrence import Chunks, Kept, Plan, walk
+from pallas_kernels.gpu.recurrence_back import walk_back
 from pallas_kernels.gpu.relations import head_relations
 from pallas_kernels.gpu.tiles import CHUNK
 
-MULTIPROCESSORS = 132
+
+class Saved(NamedTuple):
+    """What the backward pass reads of the forward one."""
+
+    kept: Kept
+    inverse: jax.Array  # [B, HV, NC, 64, 64]
+    p: jax.Array  # [B, HV, NC, 64, 64]
+    factors: jax.Array  # [B, HV, NC, 8, 64]
+
+
 MOST_RUNS = 8  # of a sequence
 LEAST_CHUNKS = 16  # of a run
 
@@ -23,7 +40,8 @@ def head_forward(
     *,
     normalize: bool,
     scale: float,
-) -> tuple[jax.Array, jax.Array]:
+    keep: bool = False,
+) -> tuple[jax.Array, jax.Array, Saved | None]:
     """The recurrence without a gate or with a per-head gate.
 
     Args:
@@ -33,15 +51,66 @@ def head_forward(
       state: [B, HV, V, K] float32, the transposed initial state, or None for zeros.
       normalize: whether to L2-normalise q and k.
       scale: multiplies q.
+      keep: whether to return what `head_backward` needs.
 
     Returns:
-      o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32.
+      o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32, `Saved` or None.
     """
     gated = g is not None
     tokens = by_chunk(beta, jnp.zeros_like(beta) if g is None else g)
     inverse, p, factors = head_relations(q, k, tokens, gated=gated, normalize=normalize, scale=scale)
     chunks = Chunks(q, k, None, inverse, p, factors, None)
-    return walk(chunks, v, state, gated=gated, plan=plan(v, channel=False))
+    o, final, kept = walk(chunks, v, state, gated=gated, plan=plan(v, channel=False), keep=keep)
+    return o, final, None if kept is None else Saved(kept, inverse, p, factors)
+
+
+def head_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
+    dfinal: jax.Array,
+    saved: Saved,
+    *,
+    gated: bool,
+    normalize: bool,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """Gradients of `head_forward`'s arguments.
+
+    Args:
+      q, k, v, normalize, scale: as for `head_forward`, bf16.
+      do: [B, T, HV, V] bf16.
+      dfinal: [B, HV, V, K] float32.
+      saved: of `head_forward`.
+      gated: whether there was a log decay.
+
+    Returns:
+      dq, dk [B, T, H, K], dv [B, T, HV, V] bf16; dbeta [B, T, HV] (T as far as chunks go), dg alike or None,
+      the transposed gradient of the initial state [B, HV, V, K], float32.
+    """
+    kept, inverse, p, factors = saved
+    chunks = Chunks(q, k, None, inverse, p, factors, None)
+    dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, gated=gated, plan=plan(v, channel=False))
+    dq, dk, dbeta, dG = head_gradients(
+        q, k, v, do, dr, kept, dstates, factors, gated=gated, normalize=normalize, scale=scale
+    )
+    dg = by_token(lax.cumsum(dG, axis=3, reverse=True)) if gated else None
+    return over_group(dq, q), over_group(dk, k), dv, by_token(dbeta), dg, dinitial
+
+
+def by_token(x: jax.Array) -> jax.Array:
+    """[B, HV, NC, 64] to [B, NC 64, HV]."""
+    B, HV, NC, _ = x.shape
+    return x.reshape(B, HV, NC * CHUNK).transpose(0, 2, 1)
+
+
+def over_group(dx: jax.Array, x: jax.Array) -> jax.Array:
+    """Gradients [B, T, HV, K] of each value head added up to those of x [B, T, H, K]."""
+    if dx.shape == x.shape:
+        return dx
+    B, T, H, K = x.shape
+    return dx.reshape(B, T, H, -1, K).astype(jnp.float32).sum(axis=3).astype(x.dtype)
 
 
 def channel_forward(
@@ -83,7 +152,7 @@ def channel_forward(
         scale=scale,
     )
     chunks = Chunks(queries, reads, keys, inverse, p, tokens[:, :, :, :1], decay)
-    return walk(chunks, v, state, gated=True, plan=plan(v, channel=True))
+    return walk(chunks, v, state, gated=True, plan=plan(v, channel=True))[:2]
 
 
 def by_chunk(beta: jax.Array, other: jax.Array) -> jax.Array:

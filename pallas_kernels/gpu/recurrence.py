@@ -9,7 +9,7 @@ is linear in both), so that nothing overflows, and S itself needs but one term.
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Chunks(NamedTuple):
     """What the walk reads of q, k, g and beta; every half-precision array of one dtype.
 
     No gate or a per-head gate (`relations.head_relations`): ``queries`` and ``reads`` are q and k as they
-    are, [B, T, H, K]; ``keys`` and ``decay`` are None; factors are [B, HV, NC, 5, 64].
+    are, [B, T, H, K]; ``keys`` and ``decay`` are None; factors are [B, HV, NC, 8, 64].
     Per-channel gate (`channel_relations`): queries, reads, keys [B, HV, NC, 64, K], decay [B, HV, NC, K]
     float32, factors [B, HV, NC, 1, 64], beta alone.
     """
@@ -58,9 +58,16 @@ class Plan:
     runs: int = 1
 
 
+class Kept(NamedTuple):
+    """What the walk may write out for the backward pass, in bf16."""
+
+    states: jax.Array  # [B, HV, NC, V, K], the transposed states that enter the chunks
+    values: jax.Array  # [B, T, HV, V], V'
+
+
 def walk(
-    chunks: Chunks, v: jax.Array, state: jax.Array | None, *, gated: bool, plan: Plan
-) -> tuple[jax.Array, jax.Array]:
+    chunks: Chunks, v: jax.Array, state: jax.Array | None, *, gated: bool, plan: Plan, keep: bool = False
+) -> tuple[jax.Array, jax.Array, Kept | None]:
     """Outputs and final state.
 
     With a chunk's factors (value, read, out, keep, decay):
@@ -78,28 +85,42 @@ def walk(
       state: [B, HV, V, K] float32, the transposed initial state, or None for zeros.
       gated: whether there is a decay (always with a per-channel gate).
       plan: the layout.
+      keep: whether to return what the backward pass needs.
 
     Returns:
-      o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32.
+      o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32, `Kept` or None.
     """
-    if plan.runs == 1:
-        o, final = _call(chunks, v, None if state is None else state[:, None], gated, plan, outputs=True)
-        return o, final[:, 0]
-    # A run of chunks takes S^T to S^T M^T + N^T. First all runs' M and N, then each run from its own state.
-    V = v.shape[-1]
-    one = dataclasses.replace(plan, warpgroups=1)
-    (action,) = _call(chunks, v, None, gated, one, outputs=False)  # [B, runs - 1, HV, V + K, K]
+    if plan.runs > 1:
+        state = run_states(_call(chunks, v, None, gated, plan, outputs=False), state, plan.runs)
+    elif state is not None:
+        state = state[:, None]
+    o, final, *kept = _call(chunks, v, state, gated, plan, outputs=True, keep=keep)
+    return o, final[:, -1], Kept(*kept) if keep else None
+
+
+def run_states(action: jax.Array, state: jax.Array | None, runs: int) -> jax.Array:
+    """The states [B, runs, HV, V, K] that enter the runs of a sequence.
+
+    Args:
+      action: [B, runs - 1, HV, V + K, K], each run's N^T above its M^T: it takes S^T to S^T M^T + N^T.
+      state: [B, HV, V, K], that enters the first, or None for zeros.
+      runs: their number.
+    """
+    V = action.shape[-2] - action.shape[-1]
     added, moved = action[..., :V, :], action[..., V:, :]
     states = [jnp.zeros_like(added[:, 0]) if state is None else state]
-    for i in range(plan.runs - 1):
+    for i in range(runs - 1):
         before = jnp.matmul(states[i], moved[:, i], precision=lax.Precision.HIGHEST)
         states.append(added[:, i] + before if i or state is not None else added[:, i])
-    o, final = _call(chunks, v, jnp.stack(states, axis=1), gated, plan, outputs=True)
-    return o, final[:, -1]
+    return jnp.stack(states, axis=1)
 
 
-def _call(chunks, v, state, gated, plan, *, outputs):
-    """The kernel: with ``outputs`` (o, states behind each run), else each run's N^T above its M^T."""
+def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
+    """The kernel: ``outputs``, states behind each run and what to ``keep``; or each run's action."""
+    if not outputs:
+        plan = dataclasses.replace(plan, warpgroups=1)
+    elif keep:
+        plan = dataclasses.replace(plan, stages=2)  # shared memory goes to what is kept
     B, _, HV, V = v.shape
     K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
     NC, num_factors = chunks.factors.shape[2:4]
@@ -124,9 +145,17 @@ def _call(chunks, v, state, gated, plan, *, outputs):
     else:
         runs, rows_out = plan.runs - 1, V + K
     states_out = jax.ShapeDtypeStruct((B, runs, HV, rows_out, K), jnp.float32)
+    results: tuple[Any, ...] = (jax.ShapeDtypeStruct(v.shape, v.dtype), states_out)
+    if keep:
+        scratch["state_tile"] = tile((warpgroups, WIDTH, K), jnp.bfloat16)
+        scratch["value_tile"] = tile((warpgroups, CHUNK, WIDTH), jnp.bfloat16)
+        results += (
+            jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16),
+            jax.ShapeDtypeStruct(v.shape, jnp.bfloat16),
+        )
     kernel = plgpu.kernel(
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
-        out_type=(jax.ShapeDtypeStruct(v.shape, v.dtype), states_out) if outputs else (states_out,),
+        out_type=results if outputs else states_out,
         scratch_types=scratch,
         grid=(rows_out // (WIDTH * warpgroups), HV, B * runs),
         grid_names=("columns", "head", "batch_run"),
@@ -158,8 +187,10 @@ def _body(
     o_tile=None,
     key_tile=None,
     decay_tile=None,
+    state_tile=None,
+    value_tile=None,
 ):
-    *o_refs, final_ref = refs
+    o_ref, final_ref, *kept_refs = refs if outputs else (None, *refs)
     h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
     num_runs = final_ref.shape[1]
     b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
@@ -240,6 +271,13 @@ def _body(
             values = v if scaled else load_v()
             return values * by_token(VALUE) - kS * by_token(VALUE if channel else READ)
 
+        if state_tile is not None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            entering = S * rows(unit, S.shape) if scaled else S
+            state_tile[wg] = entering.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(state_tile.at[wg], kept_refs[0].at[b, h, start + i, mine])
+
         kt = k_tile.at[slot].transpose((1, 0))
         reads = [(term, kt) for term in S_terms]
         if outputs:
@@ -261,6 +299,12 @@ def _body(
         tt = t_tile.at[slot].transpose((1, 0))
         values = tiles.add_products((R, [(term, tt) for term in split(R, dtype)]))[0]  # V'^T [V, C]
 
+        if value_tile is not None:
+            unscaled = values * rows(unit, square) if scaled else values
+            value_tile.at[wg].transpose((1, 0))[...] = unscaled.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            here = pl.ds((start + i) * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(value_tile.at[wg], kept_refs[1].at[b, here, h, mine])
         new_terms = kept_terms = split(values, dtype)
         if channel:
             S = S * columns(plgpu.load(decay_tile.at[slot], layout=COLUMN), S.shape)
@@ -288,7 +332,7 @@ def _body(
             o_tile.at[wg].transpose((1, 0))[...] = o.astype(o_tile.dtype)
             plgpu.commit_smem()
             here = pl.ds((start + i) * CHUNK, CHUNK)
-            plgpu.copy_smem_to_gmem(o_tile.at[wg], o_refs[0].at[b, here, h, mine])
+            plgpu.copy_smem_to_gmem(o_tile.at[wg], o_ref.at[b, here, h, mine])
         return S, unit
 
     S, unit = lax.fori_loop(0, count, step, (S, constant(1.0, ROW)))

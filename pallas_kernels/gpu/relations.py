@@ -18,8 +18,8 @@ from pallas_kernels.gpu.inverse import unit_lower_inverse
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, iota, rows, tile
 
 # Rows of the per-token factors.
-VALUE, READ, OUT, KEEP, DECAY = range(5)
-NUM_FACTORS = 5
+VALUE, READ, OUT, KEEP, DECAY, KEY, QUERY, SUM = range(8)
+NUM_FACTORS = 8
 
 
 def head_relations(
@@ -33,7 +33,7 @@ def head_relations(
         A[r, i] = beta_r n_r n_i (k_r . k_i) exp(G_r - G_i)     i < r
         inverse = Diag(n) ((I + A)^-1 - I) Diag(1 / n)          acts on values scaled by n
         p[r, i] = scale m_r (q_r . k_i) exp(G_r - G_i)          i <= r
-        factors = beta n, beta n^2 exp(G), scale m exp(G), exp(G_end - G), exp(G_end)
+        factors = beta n, beta n^2 exp(G), scale m exp(G), exp(G_end - G), exp(G_end), n, scale m, G
 
     Args:
       q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64 or 128.
@@ -43,7 +43,7 @@ def head_relations(
       scale: multiplies q.
 
     Returns:
-      inverse and p [B, HV, NC, 64, 64] in q's dtype, factors [B, HV, NC, 5, 64] float32.
+      inverse and p [B, HV, NC, 64, 64] in q's dtype, factors [B, HV, NC, 8, 64] float32.
     """
     _, _, H, K = q.shape
     B, HV, NC = tokens.shape[:3]
@@ -125,11 +125,15 @@ def _body(
         decay, keep, total = jnp.exp(G), jnp.exp(end - G), jnp.exp(end)
     else:
         decay = keep = total = constant(1.0, ROW)
+        G = constant(0.0, ROW)
     factor_tile[VALUE] = beta * n
     factor_tile[READ] = beta * n * n * decay
     factor_tile[OUT] = m * decay
     factor_tile[KEEP] = keep
     factor_tile[DECAY] = total
+    factor_tile[KEY] = n
+    factor_tile[QUERY] = m
+    factor_tile[SUM] = G
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(factor_tile, factors_ref.at[b, h, c])
 

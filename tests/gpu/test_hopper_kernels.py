@@ -17,7 +17,7 @@ from tests import cases
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-KERNEL = dispatch.Kernel(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.unsupported)
+KERNEL = dispatch.PALLAS["cuda"]
 
 
 def value(x):
@@ -71,6 +71,30 @@ def test_interpreted_kernels_agree_with_the_recurrence(case, monkeypatch):
         assert cases.relative_error(a, b) < 5e-3
 
 
+GRADIENTS = [
+    cases.Case("none", T=130, K=128, V=128, H=1, HV=2, beta_max=2.0),
+    cases.Case("none", T=130, K=64, V=64, segments="packed"),  # resets are decays
+]
+
+
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+def test_interpreted_backward_agrees_with_the_recurrence(case, monkeypatch):
+    interpreted_products(monkeypatch)
+    x = cases.arrays(case, jnp.bfloat16)
+    x["do"] = x["do"].astype(jnp.bfloat16)
+    do, dstate = jnp.asarray(x["do"]), jnp.asarray(x["dstate"])
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        inputs, options = captured(case, x, monkeypatch)
+        _, _, saved = pallas_gpu.saving(inputs, options)
+        got = pallas_gpu.backward(inputs, options, do, dstate, *saved)
+    assert saved
+    expected = cases.reference(case, x)
+    for name, gradient in got._asdict().items():
+        if gradient is not None:
+            limit = 2e-2 if name in ("beta", "g", "A_log", "dt_bias") else 8e-3
+            assert cases.relative_error(gradient, expected[f"d{name}"]) < limit, name
+
+
 def captured(case, x, monkeypatch):
     """The `Inputs` and `Options` of a call of the public op."""
     seen = []
@@ -102,6 +126,24 @@ def test_lowers_for_cuda(case, dtype, monkeypatch):
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cases.arrays(case, jnp.dtype(dtype)))
     lowered = jax.jit(lambda x: cases.call(case, x, "pallas")).trace(x).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "runs"),
+    [
+        (cases.Case("none", T=4100, K=128, V=128), True),
+        (cases.Case("none", T=130, K=64, V=256, HV=2, segments="packed"), False),
+    ],
+    ids=str,
+)
+def test_backward_lowers_for_cuda(case, runs, monkeypatch):
+    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
+    arrays = cases.arrays(case, jnp.dtype(jnp.bfloat16))
+    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
+    traced = jax.jit(lambda x: cases.outputs_and_gradients(case, x, "pallas")).trace(x)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "delta_walk_back" in text and "head_gradients" in text
+    assert ("delta_runs_back" in text) == runs
 
 
 def test_few_heads_walk_in_runs():

@@ -1,0 +1,253 @@
+"""The sequential half of the backward pass: the state's gradient walks back over the chunks.
+
+The mirror image of `recurrence`: a warpgroup holds 64 columns of the gradient, transposed, in float32
+registers; sums that could carry rounding from chunk to chunk enter products as two half-precision terms, and
+float16 operands (a per-channel gate) see every column in multiples of its largest number.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import tiles
+from pallas_kernels.gpu.recurrence import SMALLEST, WIDTH, Chunks, Plan, run_states
+from pallas_kernels.gpu.relations import DECAY, KEEP, OUT, READ, VALUE
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
+
+
+def walk_back(
+    chunks: Chunks, do: jax.Array, dfinal: jax.Array, *, gated: bool, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of what the walk computes from the values.
+
+    In `recurrence.walk`'s terms, with dS the gradient of the state that leaves the chunk:
+
+        dV' = p^T dO + keep (k dS)
+        dR  = dV' + inverse^T dV'
+        dS <- decay dS + q^T (out dO) - k^T (read dR)
+
+    Args:
+      chunks: as for `recurrence.walk`.
+      do: [B, T, HV, V] bf16, the gradient of o.
+      dfinal: [B, HV, V, K] float32, the transposed gradient of the final state.
+      gated: whether there is a decay.
+      plan: the layout, as for `recurrence.walk`.
+
+    Returns:
+      dR and the values' gradient ``value dR`` [B, T, HV, V] bf16; the transposed gradients of the states that
+      leave the chunks [B, HV, NC, V, K] bf16 and, float32, of the initial state [B, HV, V, K].
+    """
+    plan = dataclasses.replace(plan, stages=2)
+    state = dfinal[:, None]
+    if plan.runs > 1:
+        one = dataclasses.replace(plan, warpgroups=1)
+        state = run_states(_call(chunks, do, None, gated, one, outputs=False), dfinal, plan.runs)
+    dr, dv, dstates, dinitial = _call(chunks, do, state, gated, plan, outputs=True)
+    return dr, dv, dstates, dinitial[:, -1]
+
+
+def _call(chunks, do, state, gated, plan, *, outputs):
+    """The kernel; without ``outputs``, what each run does to the gradient. The last run counts first."""
+    B, _, HV, V = do.shape
+    K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
+    NC, num_factors = chunks.factors.shape[2:4]
+    channel = chunks.keys is not None
+    stages, warpgroups = plan.stages, plan.warpgroups
+    scratch = dict(
+        q_tile=tile((stages, CHUNK, K), dtype),
+        k_tile=tile((stages, CHUNK, K), dtype),
+        p_tile=tile((stages, CHUNK, CHUNK), dtype),
+        t_tile=tile((stages, CHUNK, CHUNK), dtype),
+        do_tile=tile((stages, warpgroups, CHUNK, WIDTH), do.dtype),
+        factor_tile=plgpu.SMEM((stages, num_factors, CHUNK), jnp.float32),
+        loaded=plgpu.Barrier(num_arrivals=5 + 2 * channel + warpgroups, num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    )
+    if channel:
+        scratch["key_tile"] = tile((stages, CHUNK, K), dtype)
+        scratch["decay_tile"] = plgpu.SMEM((stages, K), jnp.float32)
+    runs, rows_out = (plan.runs, V) if outputs else (plan.runs - 1, V + K)
+    results: Any = jax.ShapeDtypeStruct((B, runs, HV, rows_out, K), jnp.float32)
+    if outputs:
+        scratch["state_tile"] = tile((warpgroups, WIDTH, K), jnp.bfloat16)
+        scratch["dr_tile"] = tile((warpgroups, CHUNK, WIDTH), jnp.bfloat16)
+        scratch["dv_tile"] = tile((warpgroups, CHUNK, WIDTH), jnp.bfloat16)
+        values = jax.ShapeDtypeStruct(do.shape, jnp.bfloat16)
+        results = (values, values, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
+    kernel = plgpu.kernel(
+        partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
+        out_type=results,
+        scratch_types=scratch,
+        grid=(rows_out // (WIDTH * warpgroups), HV, B * runs),
+        grid_names=("columns", "head", "batch_run"),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        kernel_name="delta_walk_back" if outputs else "delta_runs_back",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    return kernel(chunks, do, state)
+
+
+def _body(
+    chunks,
+    do_ref,
+    state_ref,
+    *refs,
+    q_tile,
+    k_tile,
+    p_tile,
+    t_tile,
+    do_tile,
+    factor_tile,
+    loaded,
+    free,
+    num_chunks,
+    gated,
+    plan,
+    outputs,
+    key_tile=None,
+    decay_tile=None,
+    state_tile=None,
+    dr_tile=None,
+    dv_tile=None,
+):
+    *out_refs, first_ref = refs
+    h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
+    num_runs = first_ref.shape[1]
+    b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
+    first_row = (lax.axis_index("columns") * plan.warpgroups + wg) * WIDTH
+    mine = pl.ds(first_row, WIDTH)
+    K, dtype, V = chunks.reads.shape[-1], chunks.reads.dtype, do_ref.shape[-1]
+    scaled = dtype == jnp.float16
+    square = (WIDTH, CHUNK)
+    channel = chunks.keys is not None
+    group = do_ref.shape[2] // chunks.reads.shape[2]
+    stages, ahead = plan.stages, plan.stages - 1
+    # Rows past V are of M: they start from the identity and see no gradients of outputs.
+    do_columns = mine if outputs else pl.ds(lax.min(first_row, V - WIDTH), WIDTH)
+    per_run = pl.cdiv(num_chunks, plan.runs)
+    even = num_chunks % plan.runs == 0
+    count = per_run if even else lax.min(per_run, num_chunks - run * per_run)
+
+    def chunk_of(i):
+        return num_chunks - 1 - run * per_run - i
+
+    def load_chunk(i, slot):
+        c, bar = chunk_of(i), loaded.at[slot]
+        here = pl.ds(c * CHUNK, CHUNK)
+        of_chunk = (b, h, c) if channel else (b, here, h // group)
+        plgpu.copy_gmem_to_smem(do_ref.at[b, here, h, do_columns], do_tile.at[slot, wg], bar)
+
+        @pl.when(wg == 0)
+        def _shared():
+            plgpu.copy_gmem_to_smem(chunks.reads.at[of_chunk], k_tile.at[slot], bar)
+            plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
+            plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
+            plgpu.copy_gmem_to_smem(chunks.inverse.at[b, h, c], t_tile.at[slot], bar)
+            plgpu.copy_gmem_to_smem(chunks.queries.at[of_chunk], q_tile.at[slot], bar)
+            if channel:
+                plgpu.copy_gmem_to_smem(chunks.keys.at[b, h, c], key_tile.at[slot], bar)
+                plgpu.copy_gmem_to_smem(chunks.decay.at[b, h, c], decay_tile.at[slot], bar)
+
+    @pl.loop(0, min(ahead, per_run) if even else lax.min(ahead, count))
+    def _first(i):
+        load_chunk(i, i)
+
+    if state_ref is not None:
+        S = plgpu.load(state_ref.at[b, run, h, mine], layout=L, optimized=False)
+    else:
+        row, column = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, K), axis, layout=L) for axis in (0, 1))
+        S = jnp.where(column == row + (first_row - V), 1.0, 0.0)
+
+    def step(i, carry):
+        S, unit = carry  # dS^T [V, K] in multiples of unit [V]
+        slot = lax.rem(i, stages)
+        factor = factor_tile.at[slot]
+        here = pl.ds(chunk_of(i) * CHUNK, CHUNK)
+
+        def by_token(which):
+            return columns(plgpu.load(factor.at[which], layout=COLUMN), square)
+
+        def load_do():
+            x = plgpu.load(do_tile.at[slot, wg].transpose((1, 0)), layout=L)
+            if outputs:
+                return x
+            of_state = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=L) + first_row < V
+            return jnp.where(of_state, x.astype(jnp.float32), 0.0).astype(x.dtype)
+
+        if outputs:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            leaving = S * rows(unit, S.shape) if scaled else S
+            state_tile[wg] = leaving.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(state_tile.at[wg], out_refs[2].at[b, h, chunk_of(i), mine])
+        plgpu.barrier_wait(loaded.at[slot])
+        do = load_do()
+        if scaled:
+            wide = do.astype(jnp.float32)
+            most = jnp.maximum(jnp.abs(S).max(axis=1) * unit, jnp.abs(wide).max(axis=1))
+            most = jnp.maximum(most, SMALLEST)
+            root = lax.rsqrt(most)
+            per_unit = root * root
+            S, do, unit = S * rows(unit * per_unit, S.shape), (wide * rows(per_unit, square)), most
+            do = do.astype(dtype)
+            S_terms: tuple[jax.Array, ...] = (S.astype(dtype),)
+        else:
+            S_terms = split(S, dtype)
+
+        kt = (key_tile if channel else k_tile).at[slot].transpose((1, 0))
+        kept, own = [(term, kt) for term in S_terms], (do, p_tile.at[slot])
+        if gated and not channel:
+            added, stored = tiles.product_beside(CHUNK, [own], kept, lambda x: x)  # [V, C]
+            dvalues = added + stored * by_token(KEEP)
+        else:
+            dvalues = tiles.product(CHUNK, own, *kept)
+
+        @pl.when(i + ahead < count)
+        def _prefetch():
+            next_slot = lax.rem(i + ahead, stages)
+
+            @pl.when((wg == 0) & (i > 0))
+            def _wait():
+                plgpu.barrier_wait(free.at[next_slot])
+
+            load_chunk(i + ahead, next_slot)
+
+        t = t_tile.at[slot]
+        dr = tiles.add_products((dvalues, [(term, t) for term in split(dvalues, dtype)]))[0]  # dR^T [V, C]
+
+        if channel:
+            S = S * columns(plgpu.load(decay_tile.at[slot], layout=COLUMN), S.shape)
+            asked: tuple[jax.Array, ...] = (do,)
+        else:
+            if gated:
+                S = S * rows(plgpu.load(factor.at[DECAY], layout=ROW), S.shape)
+            asked = split(do.astype(jnp.float32) * by_token(OUT), dtype)
+        read = split(-dr * by_token(VALUE if channel else READ), dtype)
+        back = [(term, q_tile.at[slot]) for term in asked] + [(term, k_tile.at[slot]) for term in read]
+        S = tiles.add_products((S, back))[0]  # [V, K]
+
+        if outputs:
+            if scaled:
+                dr = dr * rows(unit, square)
+            dr_tile.at[wg].transpose((1, 0))[...] = dr.astype(jnp.bfloat16)
+            dv_tile.at[wg].transpose((1, 0))[...] = (dr * by_token(VALUE)).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            for source, out in zip((dr_tile, dv_tile), out_refs[:2], strict=True):
+                plgpu.copy_smem_to_gmem(source.at[wg], out.at[b, here, h, mine])
+
+        @pl.when(i + stages < count)  # somebody will wait
+        def _free():
+            plgpu.barrier_arrive(free.at[slot])
+
+        return S, unit
+
+    S, unit = lax.fori_loop(0, count, step, (S, constant(1.0, ROW)))
+    first_ref.at[b, run, h, mine][...] = S * rows(unit, S.shape) if scaled else S
+    plgpu.wait_smem_to_gmem(0)
