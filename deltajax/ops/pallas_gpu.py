@@ -83,8 +83,8 @@ def backward(
     q, k, v, beta, g, state = call
     do = _pad(do, None)
     dfinal = _transposed(dfinal, v.shape[-1], q.shape[-1])
-    states, values, inverse, p, factors = saved
-    kept = delta_rule.Saved(delta_rule.Kept(states, values), inverse, p, factors)
+    states, written, solve, p, factors = saved
+    kept = delta_rule.Saved(delta_rule.Kept(states, written), solve, p, factors)
     dq, dk, dv, dbeta, dg, dstate = delta_rule.head_backward(
         q, k, v, do, dfinal, kept, gated=g is not None, **_common(options)
     )
@@ -96,8 +96,7 @@ def backward(
 def _backward_kernels(inputs: Inputs, options: Options) -> bool:
     """Whether the kernels' backward pass takes this call; else its backward pass is the chunked form's."""
     inside_shard_map = bool(jax.typeof(inputs.q).manual_axis_type.varying)  # as in `unsupported`
-    # With a per-head gate the kernels run, but dg of repeated keys and dA_log are off by more than 2e-2.
-    return options.gate_kind == "none" and inputs.q.dtype == jnp.bfloat16 and not inside_shard_map
+    return options.gate_kind != "channel" and inputs.q.dtype == jnp.bfloat16 and not inside_shard_map
 
 
 def _common(options: Options) -> dict[str, Any]:

@@ -55,8 +55,8 @@ def channel_relations(
     With n = rsqrt(|k|^2 + 1e-6) (1 unless ``normalize``), m likewise for q, G the chunk's inclusive sum of
     log decays g, rows r and i of one chunk:
 
-        A[r, i] = beta_r n_r n_i sum_d k_r[d] k_i[d] exp(G_r[d] - G_i[d])     i < r
-        inverse = (I + A)^-1 - I
+        a[r, i] = n_r n_i sum_d k_r[d] k_i[d] exp(G_r[d] - G_i[d])            i < r
+        solve   = -a (I + Diag(beta) a)^-1
         p[r, i] = scale m_r n_i sum_d q_r[d] k_i[d] exp(G_r[d] - G_i[d])      i <= r
         queries, reads, keys = scale m q exp(G), n k exp(G), n k exp(G_end - G)
 
@@ -72,7 +72,7 @@ def channel_relations(
       scale: multiplies q.
 
     Returns:
-      queries, reads and keys [B, HV, NC, 64, K]; inverse, p [B, HV, NC, 64, 64], in float16; decay
+      queries, reads and keys [B, HV, NC, 64, K]; solve, p [B, HV, NC, 64, 64], in float16; decay
       exp(G_end) [B, HV, NC, K] float32.
     """
     _, _, H, K = q.shape
@@ -93,6 +93,7 @@ def channel_relations(
         ),
         x_tile=halves_of(jnp.float16),
         y_tile=tile((CHUNK, HALF), jnp.float16),
+        relation_tile=tile((CHUNK, CHUNK), jnp.float16),
         token_tile=plgpu.SMEM((2, CHUNK), jnp.float32),
         norm_tile=plgpu.SMEM((CHUNK,), jnp.float32),
         decay_tile=plgpu.SMEM((halves, HALF), jnp.float32),
@@ -123,8 +124,8 @@ def channel_relations(
         kernel_name="channel_relations",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    queries, reads, keys, inverse, p, decay = kernel(q, k, g, tokens, *(() if gate is None else (gate,)))
-    return queries, reads, keys, inverse, p, decay.reshape(B, HV, NC, K)
+    queries, reads, keys, solve, p, decay = kernel(q, k, g, tokens, *(() if gate is None else (gate,)))
+    return queries, reads, keys, solve, p, decay.reshape(B, HV, NC, K)
 
 
 def log2_decay(x: jax.Array, rate: jax.Array, bias: jax.Array, lower_bound: float | None) -> jax.Array:
@@ -155,6 +156,7 @@ def _body(
     g_tile,
     x_tile,
     y_tile,
+    relation_tile,
     token_tile,
     norm_tile,
     decay_tile,
@@ -168,7 +170,7 @@ def _body(
     scale,
     gate_tile=None,
 ):
-    queries_ref, reads_ref, keys_ref, inverse_ref, p_ref, decay_ref = refs[-6:]
+    queries_ref, reads_ref, keys_ref, solve_ref, p_ref, decay_ref = refs[-6:]
     (q_raw, q_tile), (k_raw, k_tile) = q_tile, k_tile
     (g_raw, sum_tile), G_tile = g_tile
     c, h, b = (lax.axis_index(name) for name in ("chunk", "head", "batch"))
@@ -266,11 +268,15 @@ def _body(
     plgpu.copy_smem_to_gmem(x_tile[-1], p_ref.at[b, h, c])
     if halves == 1:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    a = jnp.where(column < row, kk * rows(beta * n, square) * n_column, 0.0)
-    x = unit_lower_inverse(a, y_tile, x_tile[0])
-    x_tile[0][...] = jnp.where(column < row, x, 0.0).astype(jnp.float16)
+    a = jnp.where(column < row, kk * rows(n, square) * n_column, 0.0)
+    relation_tile[...] = a.astype(jnp.float16)
+    x = unit_lower_inverse(a * rows(beta, square), y_tile, x_tile[0])
+    x_tile[0][...] = x.astype(jnp.float16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(x_tile[0], inverse_ref.at[b, h, c])
+    solve = tiles.product(CHUNK, (relation_tile, x_tile[0]))
+    x_tile[0][...] = jnp.where(column < row, -solve, 0.0).astype(jnp.float16)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(x_tile[0], solve_ref.at[b, h, c])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     # The operands of the walk: decays from the chunk's start and to its end.

@@ -3,6 +3,7 @@
 Forward: relations, then the walk. Backward: the walk back, then the gradients of every chunk.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gpu.channel_relations import PRESENT, channel_relations
-from pallas_kernels.gpu.head_gradients import MULTIPROCESSORS, head_gradients
+from pallas_kernels.gpu.gradient_parts import MULTIPROCESSORS, PartInputs
+from pallas_kernels.gpu.head_gradients import head_gradients
 from pallas_kernels.gpu.recurrence import Chunks, Kept, Plan, walk
 from pallas_kernels.gpu.recurrence_back import walk_back
 from pallas_kernels.gpu.relations import head_relations
@@ -21,7 +23,7 @@ class Saved(NamedTuple):
     """What the backward pass reads of the forward one."""
 
     kept: Kept
-    inverse: jax.Array  # [B, HV, NC, 64, 64]
+    solve: jax.Array  # [B, HV, NC, 64, 64]
     p: jax.Array  # [B, HV, NC, 64, 64]
     factors: jax.Array  # [B, HV, NC, 8, 64]
 
@@ -58,10 +60,10 @@ def head_forward(
     """
     gated = g is not None
     tokens = by_chunk(beta, jnp.zeros_like(beta) if g is None else g)
-    inverse, p, factors = head_relations(q, k, tokens, gated=gated, normalize=normalize, scale=scale)
-    chunks = Chunks(q, k, None, inverse, p, factors, None)
+    solve, p, factors = head_relations(q, k, tokens, gated=gated, normalize=normalize, scale=scale)
+    chunks = Chunks(q, k, None, solve, p, factors, None)
     o, final, kept = walk(chunks, v, state, gated=gated, plan=plan(v, channel=False), keep=keep)
-    return o, final, None if kept is None else Saved(kept, inverse, p, factors)
+    return o, final, None if kept is None else Saved(kept, solve, p, factors)
 
 
 def head_backward(
@@ -89,12 +91,11 @@ def head_backward(
       dq, dk [B, T, H, K], dv [B, T, HV, V] bf16; dbeta [B, T, HV] (T as far as chunks go), dg alike or None,
       the transposed gradient of the initial state [B, HV, V, K], float32.
     """
-    kept, inverse, p, factors = saved
-    chunks = Chunks(q, k, None, inverse, p, factors, None)
-    dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, gated=gated, plan=plan(v, channel=False))
-    dq, dk, dbeta, dG = head_gradients(
-        q, k, v, do, dr, kept, dstates, factors, gated=gated, normalize=normalize, scale=scale
-    )
+    kept, solve, p, factors = saved
+    chunks = Chunks(q, k, None, solve, p, factors, None)
+    dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, gated=gated, plan=plan_back(v, q.shape[-1]))
+    values = PartInputs(do, dr, kept.written, kept.states, dstates)
+    dq, dk, dbeta, dG = head_gradients(q, k, factors, values, gated=gated, normalize=normalize, scale=scale)
     dg = by_token(lax.cumsum(dG, axis=3, reverse=True)) if gated else None
     return over_group(dq, q), over_group(dk, k), dv, by_token(dbeta), dg, dinitial
 
@@ -140,7 +141,7 @@ def channel_forward(
     """
     all_present = kind is None and beta.shape[1] % CHUNK == 0
     tokens = by_chunk(beta, jnp.full_like(beta, PRESENT) if kind is None else kind)
-    queries, reads, keys, inverse, p, decay = channel_relations(
+    queries, reads, keys, solve, p, decay = channel_relations(
         q,
         k,
         g,
@@ -151,7 +152,7 @@ def channel_forward(
         normalize=normalize,
         scale=scale,
     )
-    chunks = Chunks(queries, reads, keys, inverse, p, tokens[:, :, :, :1], decay)
+    chunks = Chunks(queries, reads, keys, solve, p, tokens[:, :, :, :1], decay)
     return walk(chunks, v, state, gated=True, plan=plan(v, channel=True))[:2]
 
 
@@ -174,3 +175,12 @@ def plan(v: jax.Array, *, channel: bool) -> Plan:
     blocks = B * HV * (V // 64)
     runs = min(MULTIPROCESSORS // blocks, MOST_RUNS, T // CHUNK // LEAST_CHUNKS)
     return Plan(warpgroups=1, stages=stages, runs=runs if runs > 2 else 1)
+
+
+def plan_back(v: jax.Array, K: int) -> Plan:
+    """The walk back's layout: its pass over the runs leaves room for one block a multiprocessor only."""
+    B, _, HV, V = v.shape
+    forward = plan(v, channel=False)
+    one_wave = 1 + MULTIPROCESSORS // (B * HV * ((V + K) // 64))
+    runs = min(forward.runs, one_wave)
+    return dataclasses.replace(forward, stages=2, runs=runs)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
-from pallas_kernels.gpu.relations import DECAY, KEEP, OUT, READ, VALUE
+from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, OUT, READ
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
 
 WIDTH = 64  # state columns of a warpgroup
@@ -37,7 +37,7 @@ class Chunks(NamedTuple):
     queries: jax.Array
     reads: jax.Array
     keys: jax.Array | None
-    inverse: jax.Array  # [B, HV, NC, 64, 64]
+    solve: jax.Array  # [B, HV, NC, 64, 64]
     p: jax.Array  # [B, HV, NC, 64, 64]
     factors: jax.Array  # float32
     decay: jax.Array | None
@@ -62,7 +62,7 @@ class Kept(NamedTuple):
     """What the walk may write out for the backward pass, in bf16."""
 
     states: jax.Array  # [B, HV, NC, V, K], the transposed states that enter the chunks
-    values: jax.Array  # [B, T, HV, V], V'
+    written: jax.Array  # [2, B, T, HV, V], U as the sum of two terms
 
 
 def walk(
@@ -70,14 +70,15 @@ def walk(
 ) -> tuple[jax.Array, jax.Array, Kept | None]:
     """Outputs and final state.
 
-    With a chunk's factors (value, read, out, keep, decay):
+    With a chunk's factors (beta, read, out, keep, decay) and k's inverse norms n:
 
-        R  = value v - read (k S)
-        V' = R + inverse R                       T R, scaled by k's inverse norm
+        R  = n v - read (k S)
+        U  = R + solve (beta R)                  what is to be written, before the write strength
+        V' = beta U
         o  = out (q S) + p V'
         S <- decay S + k^T (keep V')
 
-    With a per-channel gate the decays are in the operands, value = read = beta, and out = keep = 1.
+    With a per-channel gate norms and decays are in the operands and n = read = out = keep = 1.
 
     Args:
       chunks: of every 64 tokens.
@@ -148,10 +149,11 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
     results: tuple[Any, ...] = (jax.ShapeDtypeStruct(v.shape, v.dtype), states_out)
     if keep:
         scratch["state_tile"] = tile((warpgroups, WIDTH, K), jnp.bfloat16)
+        # The values' second term passes through o's tile: with a per-channel gate shared memory is full.
         scratch["value_tile"] = tile((warpgroups, CHUNK, WIDTH), jnp.bfloat16)
         results += (
             jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16),
-            jax.ShapeDtypeStruct(v.shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct((2, *v.shape), jnp.bfloat16),
         )
     kernel = plgpu.kernel(
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
@@ -219,7 +221,7 @@ def _body(
         def _shared():
             plgpu.copy_gmem_to_smem(chunks.reads.at[of_chunk], k_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
-            plgpu.copy_gmem_to_smem(chunks.inverse.at[b, h, c], t_tile.at[slot], bar)
+            plgpu.copy_gmem_to_smem(chunks.solve.at[b, h, c], t_tile.at[slot], bar)
             if channel:
                 plgpu.copy_gmem_to_smem(chunks.keys.at[b, h, c], key_tile.at[slot], bar)
                 plgpu.copy_gmem_to_smem(chunks.decay.at[b, h, c], decay_tile.at[slot], bar)
@@ -269,7 +271,7 @@ def _body(
 
         def residual(kS):
             values = v if scaled else load_v()
-            return values * by_token(VALUE) - kS * by_token(VALUE if channel else READ)
+            return values - kS if channel else values * by_token(KEY) - kS * by_token(READ)
 
         if state_tile is not None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -297,14 +299,18 @@ def _body(
             load_chunk(i + ahead, next_slot)
 
         tt = t_tile.at[slot].transpose((1, 0))
-        values = tiles.add_products((R, [(term, tt) for term in split(R, dtype)]))[0]  # V'^T [V, C]
+        strong = split(R * by_token(BETA), dtype)
+        written = tiles.add_products((R, [(term, tt) for term in strong]))[0]  # U^T [V, C]
 
         if value_tile is not None:
-            unscaled = values * rows(unit, square) if scaled else values
-            value_tile.at[wg].transpose((1, 0))[...] = unscaled.astype(jnp.bfloat16)
-            plgpu.commit_smem()
+            terms = split(written * rows(unit, square) if scaled else written, jnp.bfloat16)
             here = pl.ds((start + i) * CHUNK, CHUNK)
-            plgpu.copy_smem_to_gmem(value_tile.at[wg], kept_refs[1].at[b, here, h, mine])
+            for term, staging in zip(terms, (value_tile, o_tile), strict=True):
+                staging.at[wg].transpose((1, 0))[...] = term
+            plgpu.commit_smem()
+            for j, staging in enumerate((value_tile, o_tile)):
+                plgpu.copy_smem_to_gmem(staging.at[wg], kept_refs[1].at[j, b, here, h, mine])
+        values = written * by_token(BETA)
         new_terms = kept_terms = split(values, dtype)
         if channel:
             S = S * columns(plgpu.load(decay_tile.at[slot], layout=COLUMN), S.shape)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.recurrence import SMALLEST, WIDTH, Chunks, Plan, run_states
-from pallas_kernels.gpu.relations import DECAY, KEEP, OUT, READ, VALUE
+from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, OUT, READ
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
 
 
@@ -29,21 +29,22 @@ def walk_back(
     In `recurrence.walk`'s terms, with dS the gradient of the state that leaves the chunk:
 
         dV' = p^T dO + keep (k dS)
-        dR  = dV' + inverse^T dV'
-        dS <- decay dS + q^T (out dO) - k^T (read dR)
+        dR  = dV' + solve^T (beta dV')           times beta: the gradient of R
+        dS <- decay dS + q^T (out dO) - k^T (read beta dR)
 
     Args:
       chunks: as for `recurrence.walk`.
       do: [B, T, HV, V] bf16, the gradient of o.
       dfinal: [B, HV, V, K] float32, the transposed gradient of the final state.
-      gated: whether there is a decay.
+      gated: whether there is a decay; its gradient needs dR in two terms.
       plan: the layout, as for `recurrence.walk`.
 
     Returns:
-      dR and the values' gradient ``value dR`` [B, T, HV, V] bf16; the transposed gradients of the states that
-      leave the chunks [B, HV, NC, V, K] bf16 and, float32, of the initial state [B, HV, V, K].
+      dR [2, B, T, HV, V] bf16 as the sum of two terms ([1, ...] without a decay); the values' gradient
+      ``n beta dR`` [B, T, HV, V] bf16;
+      the transposed gradients of the states that leave the chunks [B, HV, NC, V, K] bf16 and, float32, of the
+      initial state [B, HV, V, K].
     """
-    plan = dataclasses.replace(plan, stages=2)
     state = dfinal[:, None]
     if plan.runs > 1:
         one = dataclasses.replace(plan, warpgroups=1)
@@ -75,11 +76,13 @@ def _call(chunks, do, state, gated, plan, *, outputs):
     runs, rows_out = (plan.runs, V) if outputs else (plan.runs - 1, V + K)
     results: Any = jax.ShapeDtypeStruct((B, runs, HV, rows_out, K), jnp.float32)
     if outputs:
-        scratch["state_tile"] = tile((warpgroups, WIDTH, K), jnp.bfloat16)
-        scratch["dr_tile"] = tile((warpgroups, CHUNK, WIDTH), jnp.bfloat16)
+        scratch["out_tile"] = plgpu.RefUnion(
+            tile((warpgroups, WIDTH, K), jnp.bfloat16),
+            tile((1 + gated, warpgroups, CHUNK, WIDTH), jnp.bfloat16),
+        )
         scratch["dv_tile"] = tile((warpgroups, CHUNK, WIDTH), jnp.bfloat16)
-        values = jax.ShapeDtypeStruct(do.shape, jnp.bfloat16)
-        results = (values, values, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
+        dr, dv = (jax.ShapeDtypeStruct((*lead, *do.shape), jnp.bfloat16) for lead in ((1 + gated,), ()))
+        results = (dr, dv, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
     kernel = plgpu.kernel(
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
         out_type=results,
@@ -113,11 +116,11 @@ def _body(
     outputs,
     key_tile=None,
     decay_tile=None,
-    state_tile=None,
-    dr_tile=None,
+    out_tile: Any = (None, None),
     dv_tile=None,
 ):
     *out_refs, first_ref = refs
+    state_tile, dr_tile = out_tile
     h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
     num_runs = first_ref.shape[1]
     b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
@@ -149,7 +152,7 @@ def _body(
             plgpu.copy_gmem_to_smem(chunks.reads.at[of_chunk], k_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
-            plgpu.copy_gmem_to_smem(chunks.inverse.at[b, h, c], t_tile.at[slot], bar)
+            plgpu.copy_gmem_to_smem(chunks.solve.at[b, h, c], t_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.queries.at[of_chunk], q_tile.at[slot], bar)
             if channel:
                 plgpu.copy_gmem_to_smem(chunks.keys.at[b, h, c], key_tile.at[slot], bar)
@@ -220,7 +223,9 @@ def _body(
             load_chunk(i + ahead, next_slot)
 
         t = t_tile.at[slot]
-        dr = tiles.add_products((dvalues, [(term, t) for term in split(dvalues, dtype)]))[0]  # dR^T [V, C]
+        dr = tiles.add_products((dvalues, [(term, t) for term in split(dvalues * by_token(BETA), dtype)]))[
+            0
+        ]  # dR^T [V, C]
 
         if channel:
             S = S * columns(plgpu.load(decay_tile.at[slot], layout=COLUMN), S.shape)
@@ -229,18 +234,25 @@ def _body(
             if gated:
                 S = S * rows(plgpu.load(factor.at[DECAY], layout=ROW), S.shape)
             asked = split(do.astype(jnp.float32) * by_token(OUT), dtype)
-        read = split(-dr * by_token(VALUE if channel else READ), dtype)
+        dvalues = dr * by_token(BETA)
+        read = split(-dvalues if channel else dvalues * -by_token(READ), dtype)
         back = [(term, q_tile.at[slot]) for term in asked] + [(term, k_tile.at[slot]) for term in read]
         S = tiles.add_products((S, back))[0]  # [V, K]
 
         if outputs:
             if scaled:
-                dr = dr * rows(unit, square)
-            dr_tile.at[wg].transpose((1, 0))[...] = dr.astype(jnp.bfloat16)
-            dv_tile.at[wg].transpose((1, 0))[...] = (dr * by_token(VALUE)).astype(jnp.bfloat16)
+                dr, dvalues = dr * rows(unit, square), dvalues * rows(unit, square)
+            if not channel:
+                dvalues = dvalues * by_token(KEY)
+            dv_tile.at[wg].transpose((1, 0))[...] = dvalues.astype(jnp.bfloat16)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dR lies where the state did
+            terms = split(dr, jnp.bfloat16)[: 1 + gated]
+            for j, term in enumerate(terms):
+                dr_tile.at[j, wg].transpose((1, 0))[...] = term
             plgpu.commit_smem()
-            for source, out in zip((dr_tile, dv_tile), out_refs[:2], strict=True):
-                plgpu.copy_smem_to_gmem(source.at[wg], out.at[b, here, h, mine])
+            for j in range(len(terms)):
+                plgpu.copy_smem_to_gmem(dr_tile.at[j, wg], out_refs[0].at[j, b, here, h, mine])
+            plgpu.copy_smem_to_gmem(dv_tile.at[wg], out_refs[1].at[b, here, h, mine])
 
         @pl.when(i + stages < count)  # somebody will wait
         def _free():

@@ -18,7 +18,7 @@ from pallas_kernels.gpu.inverse import unit_lower_inverse
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, iota, rows, tile
 
 # Rows of the per-token factors.
-VALUE, READ, OUT, KEEP, DECAY, KEY, QUERY, SUM = range(8)
+BETA, READ, OUT, KEEP, DECAY, KEY, QUERY, SUM = range(8)
 NUM_FACTORS = 8
 
 
@@ -30,10 +30,10 @@ def head_relations(
     With n = rsqrt(|k|^2 + 1e-6) (1 unless ``normalize``), m likewise for q, G the chunk's inclusive sum of
     log decays:
 
-        A[r, i] = beta_r n_r n_i (k_r . k_i) exp(G_r - G_i)     i < r
-        inverse = Diag(n) ((I + A)^-1 - I) Diag(1 / n)          acts on values scaled by n
+        a[r, i] = n_r n_i (k_r . k_i) exp(G_r - G_i)            i < r
+        solve   = -Diag(n) a (I + Diag(beta) a)^-1 Diag(1 / n)  acts on values scaled by n
         p[r, i] = scale m_r (q_r . k_i) exp(G_r - G_i)          i <= r
-        factors = beta n, beta n^2 exp(G), scale m exp(G), exp(G_end - G), exp(G_end), n, scale m, G
+        factors = beta, n^2 exp(G), scale m exp(G), exp(G_end - G), exp(G_end), n, scale m, G
 
     Args:
       q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64 or 128.
@@ -43,7 +43,7 @@ def head_relations(
       scale: multiplies q.
 
     Returns:
-      inverse and p [B, HV, NC, 64, 64] in q's dtype, factors [B, HV, NC, 8, 64] float32.
+      solve and p [B, HV, NC, 64, 64] in q's dtype, factors [B, HV, NC, 8, 64] float32.
     """
     _, _, H, K = q.shape
     B, HV, NC = tokens.shape[:3]
@@ -52,7 +52,7 @@ def head_relations(
         partial(_body, group=HV // H, gated=gated, normalize=normalize, scale=scale),
         out_type=(square, square, jax.ShapeDtypeStruct((B, HV, NC, NUM_FACTORS, CHUNK), jnp.float32)),
         scratch_types=dict(
-            q_tile=tile((CHUNK, K), q.dtype),
+            q_tile=plgpu.RefUnion(tile((CHUNK, K), q.dtype), tile((CHUNK, CHUNK), jnp.float16)),
             k_tile=tile((CHUNK, K), q.dtype),
             a_tile=tile((CHUNK, CHUNK), jnp.float16),
             x_tile=tile((CHUNK, CHUNK), jnp.float16),
@@ -76,7 +76,7 @@ def _body(
     q_ref,
     k_ref,
     tokens_ref,
-    inverse_ref,
+    solve_ref,
     p_ref,
     factors_ref,
     *,
@@ -96,6 +96,7 @@ def _body(
     normalize,
     scale,
 ):
+    q_tile, relation_tile = q_tile
     c, h, b = (lax.axis_index(name) for name in ("chunk", "head", "batch"))
     here = pl.ds(c * CHUNK, CHUNK)
     square = (CHUNK, CHUNK)
@@ -126,8 +127,8 @@ def _body(
     else:
         decay = keep = total = constant(1.0, ROW)
         G = constant(0.0, ROW)
-    factor_tile[VALUE] = beta * n
-    factor_tile[READ] = beta * n * n * decay
+    factor_tile[BETA] = beta
+    factor_tile[READ] = n * n * decay
     factor_tile[OUT] = m * decay
     factor_tile[KEEP] = keep
     factor_tile[DECAY] = total
@@ -153,10 +154,12 @@ def _body(
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(p_tile, p_ref.at[b, h, c])
 
-    kk = relation(k_tile) * rows(beta * n, square) * n_column()
-    x = unit_lower_inverse(jnp.where(column < row, kk, 0.0), a_tile, x_tile)
-    x = jnp.where(column < row, x * rows(n, square) / n_column(), 0.0)
-    t_tile[...] = x.astype(t_tile.dtype)
+    a = jnp.where(column < row, relation(k_tile) * rows(n, square) * n_column(), 0.0)
+    relation_tile[...] = a.astype(jnp.float16)
+    x_tile[...] = unit_lower_inverse(a * rows(beta, square), a_tile, x_tile).astype(jnp.float16)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(t_tile, inverse_ref.at[b, h, c])
+    solve = tiles.product(CHUNK, (relation_tile, x_tile)) * rows(-n, square) / n_column()
+    t_tile[...] = jnp.where(column < row, solve, 0.0).astype(t_tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(t_tile, solve_ref.at[b, h, c])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -74,6 +74,10 @@ def test_interpreted_kernels_agree_with_the_recurrence(case, monkeypatch):
 GRADIENTS = [
     cases.Case("none", T=130, K=128, V=128, H=1, HV=2, beta_max=2.0),
     cases.Case("none", T=130, K=64, V=64, segments="packed"),  # resets are decays
+    cases.Case("none", T=130, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False),
+    cases.Case("head", T=130, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False),
+    cases.Case("head", T=130, K=128, V=64, H=1, HV=2, decay="softplus"),
+    cases.Case("head", T=65, K=64, V=64, decay="strong"),
 ]
 
 
