@@ -141,16 +141,17 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
     if outputs:
         scratch["q_tile"] = tile((stages, CHUNK, K), dtype)
         scratch["p_tile"] = tile((stages, CHUNK, CHUNK), dtype)
-        scratch["o_tile"] = tile((warpgroups, CHUNK, WIDTH), v.dtype)
+        scratch["out_tile"] = tile((1, warpgroups, CHUNK, WIDTH), v.dtype)
         runs, rows_out = plan.runs, V
     else:
         runs, rows_out = plan.runs - 1, V + K
     states_out = jax.ShapeDtypeStruct((B, runs, HV, rows_out, K), jnp.float32)
     results: tuple[Any, ...] = (jax.ShapeDtypeStruct(v.shape, v.dtype), states_out)
     if keep:
-        scratch["state_tile"] = tile((warpgroups, WIDTH, K), jnp.bfloat16)
-        # The values' second term passes through o's tile: with a per-channel gate shared memory is full.
-        scratch["value_tile"] = tile((warpgroups, CHUNK, WIDTH), jnp.bfloat16)
+        # One after the other: the state, U's two terms, o.
+        scratch["out_tile"] = plgpu.RefUnion(
+            tile((2, warpgroups, CHUNK, WIDTH), jnp.bfloat16), tile((warpgroups, WIDTH, K), jnp.bfloat16)
+        )
         results += (
             jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16),
             jax.ShapeDtypeStruct((2, *v.shape), jnp.bfloat16),
@@ -186,13 +187,12 @@ def _body(
     outputs,
     q_tile=None,
     p_tile=None,
-    o_tile=None,
+    out_tile: Any = None,
     key_tile=None,
     decay_tile=None,
-    state_tile=None,
-    value_tile=None,
 ):
     o_ref, final_ref, *kept_refs = refs if outputs else (None, *refs)
+    out_tile, state_tile = out_tile if kept_refs else (out_tile, None)
     h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
     num_runs = final_ref.shape[1]
     b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
@@ -302,14 +302,15 @@ def _body(
         strong = split(R * by_token(BETA), dtype)
         written = tiles.add_products((R, [(term, tt) for term in strong]))[0]  # U^T [V, C]
 
-        if value_tile is not None:
+        if state_tile is not None:
             terms = split(written * rows(unit, square) if scaled else written, jnp.bfloat16)
             here = pl.ds((start + i) * CHUNK, CHUNK)
-            for term, staging in zip(terms, (value_tile, o_tile), strict=True):
-                staging.at[wg].transpose((1, 0))[...] = term
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for j, term in enumerate(terms):
+                out_tile.at[j, wg].transpose((1, 0))[...] = term
             plgpu.commit_smem()
-            for j, staging in enumerate((value_tile, o_tile)):
-                plgpu.copy_smem_to_gmem(staging.at[wg], kept_refs[1].at[j, b, here, h, mine])
+            for j in range(2):
+                plgpu.copy_smem_to_gmem(out_tile.at[j, wg], kept_refs[1].at[j, b, here, h, mine])
         values = written * by_token(BETA)
         new_terms = kept_terms = split(values, dtype)
         if channel:
@@ -335,10 +336,10 @@ def _body(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if scaled:
                 o = o * rows(unit, square)
-            o_tile.at[wg].transpose((1, 0))[...] = o.astype(o_tile.dtype)
+            out_tile.at[0, wg].transpose((1, 0))[...] = o.astype(out_tile.dtype)
             plgpu.commit_smem()
             here = pl.ds((start + i) * CHUNK, CHUNK)
-            plgpu.copy_smem_to_gmem(o_tile.at[wg], o_ref.at[b, here, h, mine])
+            plgpu.copy_smem_to_gmem(out_tile.at[0, wg], o_ref.at[b, here, h, mine])
         return S, unit
 
     S, unit = lax.fori_loop(0, count, step, (S, constant(1.0, ROW)))
