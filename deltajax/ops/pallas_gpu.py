@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from deltajax.ops import chunked, gates, segments
 from deltajax.ops.problem import Inputs, Options
 from pallas_kernels.gpu import delta_rule
-from pallas_kernels.gpu.channel_relations import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
+from pallas_kernels.gpu.channel_decay import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
 from pallas_kernels.gpu.tiles import CHUNK
 
 HEAD_SIZES = (64, 128)  # K; others are filled up with zeros
@@ -50,17 +50,13 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
     Products of a per-channel gate's call and of float16 inputs have float16 operands: there |q| and |k| must
     stay below 65504. The values and the state may be any float32 numbers.
     """
-    if options.gate_kind != "channel":
-        return _head(inputs, options, keep=False)[:2]
-    o, state = delta_rule.channel_forward(
-        *_call(inputs, options), lower_bound=options.lower_bound, **_common(options)
-    )
-    return _cut(o, state, inputs)
+    return _run(inputs, options, keep=False)[:2]
 
 
-def _head(inputs: Inputs, options: Options, *, keep: bool) -> tuple[Array, Array, Any]:
-    """Outputs, final state and, to ``keep``, what the backward half reads; no per-channel gate."""
-    o, state, saved = delta_rule.head_forward(*_call(inputs, options), **_common(options), keep=keep)
+def _run(inputs: Inputs, options: Options, *, keep: bool) -> tuple[Array, Array, Any]:
+    """Outputs, final state and, to ``keep``, what the backward half reads."""
+    run: Any = delta_rule.channel_forward if options.gate_kind == "channel" else delta_rule.head_forward
+    o, state, saved = run(*_call(inputs, options), **_common(options), keep=keep)
     return *_cut(o, state, inputs), saved
 
 
@@ -68,7 +64,7 @@ def saving(inputs: Inputs, options: Options) -> tuple[Array, Array, tuple[Array,
     """`forward`, and the arrays that `backward` reads: none where that is the chunked form."""
     if not _backward_kernels(inputs, options):
         return *forward(inputs, options), ()
-    o, state, saved = _head(inputs, options, keep=True)
+    o, state, saved = _run(inputs, options, keep=True)
     return o, state, tuple(jax.tree.leaves(saved))
 
 
@@ -80,27 +76,54 @@ def backward(
         return chunked.backward(inputs, options, do, dfinal)
     floats = inputs._replace(segment_ids=None)
     call, pull = jax.vjp(lambda x: _call(x._replace(segment_ids=inputs.segment_ids), options), floats)
-    q, k, v, beta, g, state = call
-    do = _pad(do, None)
-    dfinal = _transposed(dfinal, v.shape[-1], q.shape[-1])
-    states, written, solve, p, factors = saved
-    kept = delta_rule.Saved(delta_rule.Kept(states, written), solve, p, factors)
-    dq, dk, dv, dbeta, dg, dstate = delta_rule.head_backward(
-        q, k, v, do, dfinal, kept, gated=g is not None, **_common(options)
-    )
+    q, k, v, beta, *decay, state = call
+    dg: Array | None
     T = beta.shape[1]
-    dcall = (dq, dk, dv, dbeta[:, :T], None if dg is None else dg[:, :T], None if state is None else dstate)
-    return pull(dcall)[0]
+    do, dfinal = _pad(do, None), _transposed(dfinal, v.shape[-1], q.shape[-1])
+    kept, rest = delta_rule.Kept(*saved[:2]), saved[2:]
+    ddecay: tuple[Any, ...]
+    if options.gate_kind == "channel":
+        x, kind, gate = decay
+        channel = delta_rule.ChannelSaved(kept, delta_rule.Chunks(*rest))
+        dq, dk, dv, dbeta, dg, dstate = delta_rule.channel_backward(
+            q, k, v, beta, x, kind, gate, do, dfinal, channel, **_common(options)
+        )
+        activate = functools.partial(_channel_log_decay, kind=kind, lower_bound=options.lower_bound)
+        dx, dgate = jax.vjp(lambda x, gate: activate(x[:, :T], gate), x, gate)[1](
+            dg[:, :T].astype(jnp.float32)
+        )
+        ddecay = (dx, None if kind is None else jnp.zeros_like(kind), dgate)
+    else:
+        gated = decay[0] is not None
+        head = delta_rule.Saved(kept, *rest)
+        dq, dk, dv, dbeta, dg, dstate = delta_rule.head_backward(
+            q, k, v, do, dfinal, head, gated=gated, **_common(options)
+        )
+        ddecay = (None if dg is None else dg[:, :T],)
+    return pull((dq, dk, dv, dbeta[:, :T], *ddecay, None if state is None else dstate))[0]
+
+
+def _channel_log_decay(
+    g: Array, gate: Array | None, *, kind: Array | None, lower_bound: float | None
+) -> Array:
+    """What `channel_relations` makes of its g, kind and gate: the log decay [B, T, HV, K] in float32."""
+    g = g.astype(jnp.float32)
+    if gate is not None:
+        rate, x = gate[:, 0], g + gate[:, 1]
+        g = -rate * jax.nn.softplus(x) if lower_bound is None else lower_bound * jax.nn.sigmoid(rate * x)
+    g = jnp.maximum(g, MIN_LOG_DECAY)
+    return g if kind is None else jnp.where(kind[..., None] == PRESENT, g, 0.0)
 
 
 def _backward_kernels(inputs: Inputs, options: Options) -> bool:
     """Whether the kernels' backward pass takes this call; else its backward pass is the chunked form's."""
     inside_shard_map = bool(jax.typeof(inputs.q).manual_axis_type.varying)  # as in `unsupported`
-    return options.gate_kind != "channel" and inputs.q.dtype == jnp.bfloat16 and not inside_shard_map
+    return inputs.q.dtype == jnp.bfloat16 and not inside_shard_map
 
 
 def _common(options: Options) -> dict[str, Any]:
-    return dict(normalize=options.normalize_qk, scale=options.scale)
+    common = dict(normalize=options.normalize_qk, scale=options.scale)
+    return common | dict(lower_bound=options.lower_bound) if options.gate_kind == "channel" else common
 
 
 def _cut(o: Array, state: Array, inputs: Inputs) -> tuple[Array, Array]:

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import rowwise, tiles
+from pallas_kernels.gpu.channel_decay import HALF, across_border, token_decays, tokens_in_line
 from pallas_kernels.gpu.inverse import unit_lower_inverse
 from pallas_kernels.gpu.tiles import (
     CHUNK,
@@ -29,13 +30,6 @@ from pallas_kernels.gpu.tiles import (
     split,
     tile,
 )
-
-LOG2E = 1.4426950408889634
-MIN_LOG_DECAY = -100.0
-HALF = 64  # channels at a time
-
-# What becomes of a token, second row of ``tokens``.
-ABSENT, PRESENT, RESET = 0.0, 1.0, 2.0
 
 
 def channel_relations(
@@ -128,18 +122,6 @@ def channel_relations(
     return queries, reads, keys, solve, p, decay.reshape(B, HV, NC, K)
 
 
-def log2_decay(x: jax.Array, rate: jax.Array, bias: jax.Array, lower_bound: float | None) -> jax.Array:
-    """Log decay to base 2 [64, N] of the raw projection x [64, N]; rate and bias are [N]."""
-    x = x + columns(bias, x.shape)
-    rate = columns(rate * -LOG2E, x.shape)
-    if lower_bound is None:
-        small = jnp.exp2(jnp.minimum(x, -x) * LOG2E)  # softplus(x) = max(x, 0) + log(1 + small)
-        series = small * (1 - small * (0.5 - small * (1 / 3)))
-        return rate * (jnp.maximum(x, 0.0) + jnp.where(small < 0.01, series, jnp.log(1 + small)))
-    root = lax.rsqrt(1 + jnp.exp2(rate * x))  # cheaper than a division
-    return (lower_bound * LOG2E) * root * root
-
-
 def total(parts: list[jax.Array]) -> jax.Array:
     """The sum of some arrays."""
     return sum(parts[1:], parts[0])
@@ -190,32 +172,21 @@ def _body(
     sum_tile[...] = jnp.where(column <= row, 1.0, 0.0).astype(jnp.float16)
     plgpu.barrier_wait(g_loaded)
 
-    def load(ref):
-        return plgpu.load(ref, layout=L).astype(jnp.float32)
-
     def G_of(half):
         return G_tile.at[:, pl.ds(half * HALF, HALF)]
 
     # Log decays to base 2, as two float16 terms, and their sums G from the chunk's start.
     beta = plgpu.load(token_tile.at[0], layout=ROW)
-    kind = rows(plgpu.load(token_tile.at[1], layout=ROW), square)
+    kind = None if all_present else rows(plgpu.load(token_tile.at[1], layout=ROW), square)
     sums = []
     for half in range(halves):
         channels = pl.ds(half * HALF, HALF)
-        g = load(g_raw[half])
-        if gate_tile is None:
-            g = g * LOG2E
-        else:
-            rate = plgpu.load(gate_tile.at[0, channels], layout=COLUMN)
-            g = log2_decay(g, rate, plgpu.load(gate_tile.at[1, channels], layout=COLUMN), lower_bound)
-        g = jnp.maximum(g, MIN_LOG_DECAY * LOG2E)
-        if not all_present:
-            g = jnp.where(kind == PRESENT, g, jnp.where(kind == RESET, MIN_LOG_DECAY * LOG2E, 0.0))
+        g = token_decays(g_raw[half], gate_tile, channels, kind, lower_bound=lower_bound)
         x_tile[0][...], y_tile[...] = split(g, jnp.float16)
         plgpu.commit_smem()
         sums.append(tiles.product(HALF, (sum_tile, x_tile[0]), (sum_tile, y_tile)))
         plgpu.commit_smem()  # all warps are done with what is overwritten next
-    line = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROW)
+    line = tokens_in_line()
     for half in range(halves):
         rowwise.scatter(G_of(half), line, sums[half])
 
@@ -241,14 +212,7 @@ def _body(
     def relate(i, related):
         s = 5 - i  # finer levels overwrite what coarser ones leave near the diagonal
         size = lax.shift_left(1, s)
-        anchor = (line & ~(2 * size - 1)) + (size - 1)  # last token of the even block
-
-        def decays(half):
-            G = G_of(half)
-            across = rowwise.gather(G, line, HALF) - rowwise.gather(G, anchor, HALF)
-            return jnp.exp2(jnp.minimum(across, -across)).astype(jnp.float16)
-
-        factors = [decays(half) for half in range(halves)]
+        factors = [across_border(G_of(half), line, size).astype(jnp.float16) for half in range(halves)]
         kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
         for half in range(halves):
             x_tile[half][...] = kf[half]

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gpu.channel_relations import PRESENT, channel_relations
+from pallas_kernels.gpu.channel_decay import PRESENT
+from pallas_kernels.gpu.channel_gradients import channel_gradients
+from pallas_kernels.gpu.channel_relations import channel_relations
 from pallas_kernels.gpu.gradient_parts import MULTIPROCESSORS, PartInputs
 from pallas_kernels.gpu.head_gradients import head_gradients
 from pallas_kernels.gpu.recurrence import Chunks, Kept, Plan, walk
@@ -26,6 +28,13 @@ class Saved(NamedTuple):
     solve: jax.Array  # [B, HV, NC, 64, 64]
     p: jax.Array  # [B, HV, NC, 64, 64]
     factors: jax.Array  # [B, HV, NC, 8, 64]
+
+
+class ChannelSaved(NamedTuple):
+    """The same with a per-channel gate."""
+
+    kept: Kept
+    chunks: Chunks
 
 
 MOST_RUNS = 8  # of a sequence
@@ -127,20 +136,22 @@ def channel_forward(
     lower_bound: float | None,
     normalize: bool,
     scale: float,
-) -> tuple[jax.Array, jax.Array]:
+    keep: bool = False,
+) -> tuple[jax.Array, jax.Array, ChannelSaved | None]:
     """The recurrence with a per-channel gate.
 
     Args:
       q, k, v, beta, state, normalize, scale: as for `head_forward`.
       g, gate, lower_bound: as for `channel_relations.channel_relations`.
-      kind: [B, t, HV] float32, what becomes of each token (`channel_relations.PRESENT`, ...); None: all are
+      kind: [B, t, HV] float32, what becomes of each token (`channel_decay.PRESENT`, ...); None: all are
         present.
+      keep: whether to return what `channel_backward` needs.
 
     Returns:
       as `head_forward`.
     """
     all_present = kind is None and beta.shape[1] % CHUNK == 0
-    tokens = by_chunk(beta, jnp.full_like(beta, PRESENT) if kind is None else kind)
+    tokens = tokens_of(beta, kind)
     queries, reads, keys, solve, p, decay = channel_relations(
         q,
         k,
@@ -153,7 +164,57 @@ def channel_forward(
         scale=scale,
     )
     chunks = Chunks(queries, reads, keys, solve, p, tokens[:, :, :, :1], decay)
-    return walk(chunks, v, state, gated=True, plan=plan(v, channel=True))[:2]
+    o, final, kept = walk(chunks, v, state, gated=True, plan=plan(v, channel=True), keep=keep)
+    return o, final, None if kept is None else ChannelSaved(kept, chunks)
+
+
+def channel_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    g: jax.Array,
+    kind: jax.Array | None,
+    gate: jax.Array | None,
+    do: jax.Array,
+    dfinal: jax.Array,
+    saved: ChannelSaved,
+    *,
+    lower_bound: float | None,
+    normalize: bool,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of `channel_forward`'s arguments.
+
+    Args:
+      q, k, v, beta, g, kind, gate, lower_bound, normalize, scale: as for `channel_forward`, bf16.
+      do, dfinal: as for `head_backward`.
+      saved: of `channel_forward`.
+
+    Returns:
+      as `head_backward`; dg [B, T, HV, K] bf16 is that of the log decay, not of what the gate makes it of.
+    """
+    kept, chunks = saved
+    layout = plan_back(v, q.shape[-1])
+    dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, gated=True, plan=layout)
+    values = PartInputs(do, dr, kept.written, kept.states, dstates)
+    dq, dk, dg, dbeta = channel_gradients(
+        q,
+        k,
+        g,
+        tokens_of(beta, kind),
+        gate,
+        values,
+        lower_bound=lower_bound,
+        normalize=normalize,
+        scale=scale,
+    )
+    return over_group(dq, q), over_group(dk, k), dv, by_token(dbeta), dg, dinitial
+
+
+def tokens_of(beta: jax.Array, kind: jax.Array | None) -> jax.Array:
+    """beta and what becomes of each token, by chunks; see `by_chunk`."""
+    return by_chunk(beta, jnp.full_like(beta, PRESENT) if kind is None else kind)
 
 
 def by_chunk(beta: jax.Array, other: jax.Array) -> jax.Array:

@@ -87,6 +87,44 @@ def keep_level(x: jax.Array, s: int) -> jax.Array:
     return keep(x)
 
 
+def pick_level(xs: list[jax.Array], level: jax.Array) -> tuple[jax.Array, ...]:
+    """`keep_level` of several arrays, with s of a traced level: ``level`` is s for every row, [64] int32."""
+
+    shape = plgpu.ShapeDtypeStruct((64, 64), jnp.float16, layout=L)
+
+    @plgpu.inline_mgpu(arg_types=(ROW, *[L] * len(xs)), return_type=(shape,) * len(xs))
+    def pick(ctx, level, *xs):
+        del ctx
+        i32 = ir.IntegerType.get_signless(32)
+        thread = arith.andi(utils.thread_idx(), utils.c(127, i32))
+        line = arith.addi(
+            arith.shli(arith.shrui(thread, utils.c(5, i32)), utils.c(4, i32)),
+            arith.shrui(arith.andi(thread, utils.c(31, i32)), utils.c(2, i32)),
+        )
+        first = arith.shli(arith.andi(thread, utils.c(3, i32)), utils.c(1, i32))
+        s, one, nothing = _scalar(level.registers.flat[0]), utils.c(1, i32), utils.c(0, i32)
+        picked = [x.registers.copy() for x in xs]
+
+        def half(meet, bits):
+            here = arith.cmpi(arith.CmpIPredicate.eq, arith.shrui(meet, s), one)
+            return arith.select(here, utils.c(bits, i32), nothing)
+
+        for at in np.ndindex(picked[0].shape):
+            row = arith.addi(line, utils.c(8 * at[4], i32))
+            meet = arith.xori(row, arith.addi(first, utils.c(8 * at[1], i32)))
+            # The register's two columns differ in their last bit.
+            mask = arith.ori(half(meet, 0xFFFF), half(arith.xori(meet, one), 0xFFFF0000 - (1 << 32)))
+            for registers in picked:
+                bits = arith.andi(utils.bitcast(registers[at], i32), mask)
+                registers[at] = utils.bitcast(bits, registers[at].type)
+        return tuple(
+            FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+            for registers, x in zip(picked, xs, strict=True)
+        )
+
+    return pick(level, *xs)
+
+
 def _places(shape: tuple[int, ...], index):
     """(place in the array of registers, row, column) of every pair of numbers that the thread holds.
 

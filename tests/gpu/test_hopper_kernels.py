@@ -48,6 +48,7 @@ def interpreted_products(monkeypatch):
 
     monkeypatch.setattr(rowwise, "scatter", scatter)
     monkeypatch.setattr(rowwise, "keep_level", keep_level)
+    monkeypatch.setattr(rowwise, "pick_level", lambda xs, level: tuple(keep_level(x, level[0]) for x in xs))
 
 
 INTERPRETED = [
@@ -78,6 +79,11 @@ GRADIENTS = [
     cases.Case("head", T=130, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False),
     cases.Case("head", T=130, K=128, V=64, H=1, HV=2, decay="softplus"),
     cases.Case("head", T=65, K=64, V=64, decay="strong"),
+    cases.Case("channel", T=130, K=128, V=64, H=1, HV=2, decay="softplus", segments="packed"),
+    cases.Case("channel", T=130, K=64, V=128, decay="bounded"),
+    cases.Case("channel", T=130, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False),
+    cases.Case("channel", T=65, K=64, V=64, decay="slow"),
+    cases.Case("channel", T=130, K=64, V=64, decay="half50", beta_max=2.0),
 ]
 
 

@@ -1,0 +1,68 @@
+"""Log decays of a per-channel gate: from what memory holds to base 2, in registers."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import rowwise
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns
+
+LOG2E = 1.4426950408889634
+MIN_LOG_DECAY = -100.0
+HALF = 64  # channels at a time
+
+# What becomes of a token, second row of ``tokens``.
+ABSENT, PRESENT, RESET = 0.0, 1.0, 2.0
+
+
+def log2_decay(x: jax.Array, rate: jax.Array, bias: jax.Array, lower_bound: float | None) -> jax.Array:
+    """Log decay to base 2 [64, N] of the raw projection x [64, N]; rate and bias are [N]."""
+    x = x + columns(bias, x.shape)
+    rate = columns(rate * -LOG2E, x.shape)
+    if lower_bound is None:
+        small = jnp.exp2(jnp.minimum(x, -x) * LOG2E)  # softplus(x) = max(x, 0) + log(1 + small)
+        series = small * (1 - small * (0.5 - small * (1 / 3)))
+        return rate * (jnp.maximum(x, 0.0) + jnp.where(small < 0.01, series, jnp.log(1 + small)))
+    root = lax.rsqrt(1 + jnp.exp2(rate * x))  # cheaper than a division
+    return (lower_bound * LOG2E) * root * root
+
+
+def token_decays(
+    g_ref, gate_ref, channels, kind: jax.Array | None, *, lower_bound: float | None
+) -> jax.Array:
+    """Log decays of a chunk's tokens to base 2, [64, 64] float32 of some channels.
+
+    Args:
+      g_ref: [64, 64], log decays or what the gate makes them of.
+      gate_ref: [2, K], rate and bias, or None.
+      channels: which of K.
+      kind: ABSENT, PRESENT or RESET of each token, [64, 64] constant along rows; None: all are present.
+      lower_bound: of the gate.
+    """
+    g = plgpu.load(g_ref, layout=L).astype(jnp.float32)
+    if gate_ref is None:
+        g = g * LOG2E
+    else:
+        rate, bias = (plgpu.load(gate_ref.at[i, channels], layout=COLUMN) for i in range(2))
+        g = log2_decay(g, rate, bias, lower_bound)
+    g = jnp.maximum(g, MIN_LOG_DECAY * LOG2E)
+    if kind is None:
+        return g
+    return jnp.where(kind == PRESENT, g, jnp.where(kind == RESET, MIN_LOG_DECAY * LOG2E, 0.0))
+
+
+def border(line: jax.Array, size: jax.Array) -> jax.Array:
+    """The last token of the even one of two blocks of ``size`` tokens, for the tokens ``line`` [64]."""
+    return (line & ~(2 * size - 1)) + (size - 1)
+
+
+def across_border(sums_ref, line: jax.Array, size: jax.Array) -> jax.Array:
+    """``exp(-|G_r - G_border|)`` for every token r, [64, 64] float32, from sums to base 2 [64, >= 64]."""
+    across = rowwise.gather(sums_ref, line, HALF) - rowwise.gather(sums_ref, border(line, size), HALF)
+    return jnp.exp2(jnp.minimum(across, -across))
+
+
+def tokens_in_line() -> jax.Array:
+    """0..63, one for each row."""
+    return plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROW)

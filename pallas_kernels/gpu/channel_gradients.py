@@ -1,0 +1,332 @@
+"""The chunk-parallel half of the backward pass with a per-channel gate.
+
+Pairs of tokens meet level by level as in `channel_relations`. At each level a row is either in an odd block
+(it reads, and is asked) or in an even one (it is stored): one product with a matrix that holds F below its
+diagonal and F^T above gives both their gradients, another with E those of the keys.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import rowwise, tiles
+from pallas_kernels.gpu.channel_decay import across_border, token_decays, tokens_in_line
+from pallas_kernels.gpu.gradient_parts import (
+    HALF,
+    MULTIPROCESSORS,
+    PartInputs,
+    Parts,
+    num_chunks,
+    part_tiles,
+)
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, iota, rows, split, tile
+
+STAGES = 1
+SMALLEST = 1e-30
+
+# Vectors of 64 that are stored by rows and loaded by columns (a warpgroup's own, or of F and of E).
+BETA, NORM, MOST, END = 0, 1, 3, 5
+OWN = 2  # F's diagonal, behind a chunk's tokens
+
+
+def channel_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    g: jax.Array,
+    tokens: jax.Array,
+    gate: jax.Array | None,
+    values: PartInputs,
+    *,
+    lower_bound: float | None,
+    normalize: bool,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k, the log decay and beta.
+
+    With n, m, G and f = exp(-|G_r - G_border|) of a level as in `channel_relations` (m with the scale), S the
+    state that enters the chunk, dS the gradient of the one that leaves it, raw q and k:
+
+        F = m_r n_i beta_i (dO U^T)                        i <= r
+        E = -beta_r n_r n_i beta_i (dR U^T)                i < r
+        x = m exp(G) (dO S^T) + sum over levels of f F (f k)         gradient of normalised q, times m
+        y = -beta n exp(G) (dR S^T) + sum of f E (f k)               ... of k where it reads, times n
+        z = beta n exp(G_end - G) (U dS^T) + sum of f (F^T (f q) + E^T (f k))      ... where it is stored
+        dq = x - (m / scale)^2 q (q . x)
+        dk = y + z - n^2 k (k . (y + z))
+        dbeta = dR . U
+        dG = q x + k y - k z,  and for G_end  sum of k beta n exp(G_end - G) (U dS^T) + exp(G_end) <S, dS>
+
+    Args:
+      q, k: [B, T, H, K] bf16; T a multiple of 8, K 64 or 128.
+      g, tokens, gate, lower_bound, normalize, scale: as for `channel_relations`.
+      values: do, dr, U and states, V a multiple of 64; dr in two terms.
+
+    Returns:
+      dq, dk and the gradient of the log decay [B, T, HV, K] bf16, of each value head; dbeta
+      [B, HV, NC, 64] float32.
+    """
+    B, T, H, K = q.shape
+    HV, NC = tokens.shape[1:3]
+    warpgroups = K // HALF
+    grads = jax.ShapeDtypeStruct((B, T, HV, K), jnp.bfloat16)
+
+    def halves_of(dtype):
+        return tile((warpgroups, CHUNK, HALF), dtype)
+
+    relations = tile((4, CHUNK, CHUNK), jnp.float16)  # F, E, and their second terms
+    scratch: dict[str, Any] = dict(
+        part_tiles=part_tiles(K, stages=STAGES, terms=2),
+        q_tile=plgpu.RefUnion(halves_of(jnp.bfloat16), halves_of(jnp.float16)),
+        k_tile=plgpu.RefUnion(halves_of(jnp.bfloat16), halves_of(jnp.float16)),
+        relation_tile=plgpu.RefUnion(relations, halves_of(g.dtype)),
+        level_tile=plgpu.RefUnion([halves_of(jnp.float16)] * 2, [halves_of(jnp.bfloat16)] * 2),
+        G_tile=plgpu.SMEM((CHUNK, K + 8), jnp.float32),
+        sum_tile=tile((CHUNK, CHUNK), jnp.bfloat16),
+        token_tile=plgpu.SMEM((3, CHUNK), jnp.float32),
+        column_tile=plgpu.SMEM((7, CHUNK), jnp.float32),
+        sums_tile=plgpu.SMEM((warpgroups, 2, CHUNK), jnp.float32),  # sums over channels: of q, of k
+        chunk_loaded=plgpu.Barrier(num_arrivals=2 + 3 * warpgroups),
+        met=plgpu.Barrier(num_arrivals=warpgroups),
+    )
+    if gate is not None:
+        scratch["gate_tile"] = plgpu.SMEM((2, K), jnp.float32)
+        scratch["gate_loaded"] = plgpu.Barrier()
+    kernel = plgpu.kernel(
+        partial(_body, group=HV // H, lower_bound=lower_bound, normalize=normalize, scale=scale),
+        out_type=(grads, grads, grads, jax.ShapeDtypeStruct((B, HV, NC, CHUNK), jnp.float32)),
+        scratch_types=scratch,
+        grid=(min(MULTIPROCESSORS, num_chunks(values.states)),),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        kernel_name="channel_gradients",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )
+    return kernel(q, k, g, tokens, gate, values)
+
+
+def _body(
+    q_ref,
+    k_ref,
+    g_ref,
+    tokens_ref,
+    gate_ref,
+    values,
+    dq_ref,
+    dk_ref,
+    dg_ref,
+    dbeta_ref,
+    *,
+    part_tiles,
+    q_tile,
+    k_tile,
+    relation_tile,
+    level_tile,
+    G_tile,
+    sum_tile,
+    token_tile,
+    column_tile,
+    sums_tile,
+    chunk_loaded,
+    met,
+    group,
+    lower_bound,
+    normalize,
+    scale,
+    gate_tile=None,
+    gate_loaded=None,
+):
+    wg = lax.axis_index("warpgroup")
+    walk = Parts(values, part_tiles, True)
+    warpgroups = walk.warpgroups
+    square = (CHUNK, HALF)
+    mine = pl.ds(wg * HALF, HALF)
+    (q_raw, q_half), (k_raw, k_half) = q_tile, k_tile
+    relation_tile, g_tile = relation_tile
+    level_tile, wide_tile = level_tile
+    q, k = q_half.at[wg], k_half.at[wg]
+    row, column, line = iota(0), iota(1), tokens_in_line()
+    G_mine = G_tile.at[:, mine]
+
+    def load_chunk(n):
+        b, h, c = walk.place(n)
+        here = pl.ds(c * CHUNK, CHUNK)
+        plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile.at[pl.ds(0, 2)], chunk_loaded)
+        plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c, 0], column_tile.at[BETA], chunk_loaded)
+        for half in range(warpgroups):
+            channels = pl.ds(half * HALF, HALF)
+            plgpu.copy_gmem_to_smem(g_ref.at[b, here, h, channels], g_tile.at[half], chunk_loaded)
+            for ref, to in ((q_ref, q_raw), (k_ref, k_raw)):
+                plgpu.copy_gmem_to_smem(ref.at[b, here, h // group, channels], to.at[half], chunk_loaded)
+
+    def meet():
+        plgpu.commit_smem()
+        if warpgroups > 1:
+            plgpu.barrier_arrive(met)
+            plgpu.barrier_wait(met)
+
+    def load(ref):
+        return plgpu.load(ref, layout=L).astype(jnp.float32)
+
+    def by_column(i):
+        return columns(plgpu.load(column_tile.at[i], layout=COLUMN), square)
+
+    def summed(i):
+        every = [plgpu.load(sums_tile.at[w, i], layout=ROW) for w in range(warpgroups)]
+        return sum(every[1:], every[0])
+
+    def stage(x):
+        """x [64, 64] in two bf16 terms."""
+        plgpu.commit_smem()  # all warps are done with what lay there
+        for i, term in enumerate(split(x, jnp.bfloat16)):
+            wide_tile[i][wg] = term
+        plgpu.commit_smem()
+        return [wide_tile[i].at[wg] for i in range(2)]
+
+    walk.start()
+    sum_tile[...] = jnp.where(column <= row, 1.0, 0.0).astype(jnp.bfloat16)
+
+    @pl.when(wg == 0)
+    def _first():
+        load_chunk(0)
+
+    meet()
+
+    @pl.loop(0, walk.count)
+    def _chunk(n):
+        b, h, c = walk.place(n)
+        if gate_tile is not None:
+
+            @pl.when(wg == 0)
+            def _gate():
+                plgpu.copy_gmem_to_smem(gate_ref.at[h], gate_tile, gate_loaded)
+
+            plgpu.barrier_wait(gate_loaded)
+        plgpu.barrier_wait(chunk_loaded)
+
+        # G to base 2, from the chunk's start; three bf16 terms make a float32.
+        kind = rows(plgpu.load(token_tile.at[1], layout=ROW), square)
+        g = token_decays(g_tile.at[wg], gate_tile, mine, kind, lower_bound=lower_bound)
+        terms = stage(g)
+        rest = g - sum(term.astype(jnp.float32) for term in split(g, jnp.bfloat16))
+        G = tiles.product(HALF, *[(sum_tile, term) for term in terms])
+        terms = stage(rest)
+        rowwise.scatter(G_mine, line, tiles.add_products((G, [(sum_tile, terms[0])]))[0])
+
+        x, y = plgpu.load(q_raw.at[wg], layout=L), plgpu.load(k_raw.at[wg], layout=L)
+        sums_tile[wg, 0] = jnp.square(x.astype(jnp.float32)).sum(axis=1)
+        sums_tile[wg, 1] = jnp.square(y.astype(jnp.float32)).sum(axis=1)
+        q[...], k[...] = x.astype(jnp.float16), y.astype(jnp.float16)
+        meet()
+        if normalize:
+            n_key, m_query = lax.rsqrt(summed(1) + 1e-6), lax.rsqrt(summed(0) + 1e-6) * scale
+        else:
+            n_key, m_query = constant(1.0, ROW), constant(scale, ROW)
+        column_tile[NORM + wg] = n_key
+        plgpu.commit_smem()
+
+        x, y, z, overlap, related = walk.sums(n)
+        assert overlap is not None
+        beta = plgpu.load(token_tile.at[0], layout=ROW)
+        G = rowwise.gather(G_mine, line, HALF)
+        end = rowwise.gather(G_mine, line * 0 + (CHUNK - 1), HALF)
+        x = x * (jnp.exp2(G) * rows(m_query, square))
+        y = y * (jnp.exp2(G) * rows(-beta * n_key, square))
+        z = z * (jnp.exp2(end - G) * rows(beta * n_key, square))
+
+        # What reaches the next chunk, by channel.
+        shares = tiles.product(CHUNK, *[(s.transpose((1, 0)), sum_tile) for s in stage(load(k) * z)])
+        leaving = jnp.where(column == 0, shares, 0.0).sum(axis=1)
+        decay = jnp.exp2(plgpu.load(G_tile.at[CHUNK - 1, mine], layout=ROW))
+        column_tile[END + wg] = leaving + decay * jnp.where(row == column, overlap, 0.0).sum(axis=1)
+
+        # F and E as float16 in multiples of their largest number, below and (transposed) above the diagonal.
+        between = by_column(BETA) * by_column(NORM + wg)
+        strict = []
+        for r, i in zip(related, walk.relations, strict=True):
+
+            @pl.when(i == 0)
+            def _own(r=r):
+                diagonal = jnp.where(row == column, r, 0.0).sum(axis=1)
+                token_tile[OWN] = diagonal * m_query * n_key * beta
+
+            @pl.when(i == 1)
+            def _dbeta(r=r):
+                dbeta_ref.at[b, h, c][...] = jnp.where(row == column, r, 0.0).sum(axis=1)
+
+            of_row = jnp.where(constant(1.0, ROW) * i == 0, m_query, -beta * n_key)
+            r = jnp.where(column < row, r * rows(of_row, square) * between, 0.0)
+            column_tile[MOST + i] = jnp.abs(r).max(axis=1)
+            strict.append(r)
+        meet()
+        most = jnp.maximum(by_column(MOST), by_column(MOST + 1))
+        unit = jnp.maximum(most.max(axis=1), SMALLEST)
+        root = lax.rsqrt(unit)
+        per_unit = root * root
+        for r, i in zip(strict, walk.relations, strict=True):
+            for term, lower in enumerate(split(r * rows(per_unit, square), jnp.float16)):
+                to = relation_tile.at[2 * term + i]
+                to[...] = lower
+                plgpu.commit_smem()
+                upper = plgpu.load(to.transpose((1, 0)), layout=L)
+                plgpu.commit_smem()
+                to[...] = lower + upper
+        meet()
+
+        def add_level(i, gradients):
+            x, y, z = gradients
+            level = 5 - i
+            factor = across_border(G_mine, line, lax.shift_left(1, level)).astype(jnp.float16)
+            odd = rows((lax.shift_right_logical(line, level) & 1), square) == 1
+            kf = plgpu.load(k, layout=L) * factor
+            qf = plgpu.load(q, layout=L) * factor
+            plgpu.commit_smem()  # all warps are done with the level before
+            level_tile[0][wg] = jnp.where(odd, qf, kf)
+            level_tile[1][wg] = kf
+            plgpu.commit_smem()
+            of_level = line * 0 + level
+            whole = [plgpu.load(relation_tile.at[j], layout=L) for j in range(4)]
+            high_f, high_e, low_f, low_e = rowwise.pick_level(whole, of_level)
+            asks, keys = level_tile[0].at[wg], level_tile[1].at[wg]
+            f, e = tiles.products(HALF, [(high_f, asks), (low_f, asks)], [(high_e, keys), (low_e, keys)])
+            factor = factor.astype(jnp.float32)
+            reads = jnp.where(odd, factor, 0.0)
+            return x + reads * f, y + reads * e, z + (factor - reads) * (f + e)
+
+        scaled = rows(per_unit, square)
+        x, y, z = lax.fori_loop(0, 6, add_level, (x * scaled, y * scaled, z * scaled))
+        dG = load(q) * x + load(k) * (y - z)
+        dg = tiles.product(HALF, *[(sum_tile.transpose((1, 0)), s) for s in stage(dG * rows(unit, square))])
+        dg = dg + by_column(END + wg)
+
+        own = rows(plgpu.load(token_tile.at[OWN], layout=ROW), square)
+        x = x * rows(unit, square) + own * load(k)
+        w = (y + z) * rows(unit, square) + own * load(q)
+        if normalize:
+            sums_tile[wg, 0] = (load(q) * x).sum(axis=1)
+            sums_tile[wg, 1] = (load(k) * w).sum(axis=1)
+            meet()
+            m = m_query * (1 / scale)
+            x = x - load(q) * rows(m * m * summed(0), square)
+            w = w - load(k) * rows(n_key * n_key * summed(1), square)
+        plgpu.commit_smem()  # all warps are done with q, k and the staged sums
+        q_raw[wg], k_raw[wg] = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+        wide_tile[0][wg] = dg.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        here = pl.ds(c * CHUNK, CHUNK)
+        plgpu.copy_smem_to_gmem(q_raw.at[wg], dq_ref.at[b, here, h, mine])
+        plgpu.copy_smem_to_gmem(k_raw.at[wg], dk_ref.at[b, here, h, mine])
+        plgpu.copy_smem_to_gmem(wide_tile[0].at[wg], dg_ref.at[b, here, h, mine])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        meet()  # nobody still reads what the next chunk writes
+
+        @pl.when((wg == 0) & (n + 1 < walk.count))
+        def _next_chunk():
+            load_chunk(n + 1)
+
+    plgpu.wait_smem_to_gmem(0)
