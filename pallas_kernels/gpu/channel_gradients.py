@@ -151,6 +151,7 @@ def _body(
     level_tile, wide_tile = level_tile
     q, k = q_half.at[wg], k_half.at[wg]
     row, column, line = iota(0), iota(1), tokens_in_line()
+    last = line | (CHUNK - 1)  # in a form that is not folded: inline code takes no constant
     G_mine = G_tile.at[:, mine]
 
     def load_chunk(n):
@@ -234,7 +235,7 @@ def _body(
         assert overlap is not None
         beta = plgpu.load(token_tile.at[0], layout=ROW)
         G = rowwise.gather(G_mine, line, HALF)
-        end = rowwise.gather(G_mine, line * 0 + (CHUNK - 1), HALF)
+        end = rowwise.gather(G_mine, last, HALF)
         x = x * (jnp.exp2(G) * rows(m_query, square))
         y = y * (jnp.exp2(G) * rows(-beta * n_key, square))
         z = z * (jnp.exp2(end - G) * rows(beta * n_key, square))
@@ -259,7 +260,8 @@ def _body(
             def _dbeta(r=r):
                 dbeta_ref.at[b, h, c][...] = jnp.where(row == column, r, 0.0).sum(axis=1)
 
-            of_row = jnp.where(constant(1.0, ROW) * i == 0, m_query, -beta * n_key)
+            is_f = jnp.where(i == 0, 1.0, 0.0)  # a select of vectors does not lower
+            of_row = is_f * m_query - (1 - is_f) * beta * n_key
             r = jnp.where(column < row, r * rows(of_row, square) * between, 0.0)
             column_tile[MOST + i] = jnp.abs(r).max(axis=1)
             strict.append(r)
@@ -289,7 +291,7 @@ def _body(
             level_tile[0][wg] = jnp.where(odd, qf, kf)
             level_tile[1][wg] = kf
             plgpu.commit_smem()
-            of_level = line * 0 + level
+            of_level = last - (CHUNK - 1) + level
             whole = [plgpu.load(relation_tile.at[j], layout=L) for j in range(4)]
             high_f, high_e, low_f, low_e = rowwise.pick_level(whole, of_level)
             asks, keys = level_tile[0].at[wg], level_tile[1].at[wg]
