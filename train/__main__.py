@@ -2,15 +2,31 @@
 
 import logging
 import sys
+from collections.abc import Callable
 
 # What the extra `deltajax[train]` brings beyond the layers.
-_TRAIN_PACKAGES = {"grain", "optax", "orbax", "rich", "tensorboardX", "tokenizers", "tyro"}
+_TRAIN_PACKAGES = {
+    "array_record",
+    "grain",
+    "optax",
+    "orbax",
+    "pyarrow",
+    "rich",
+    "tensorboardX",
+    "tokenizers",
+    "tyro",
+}
 
 
 def main(args: list[str] | None = None) -> int:
     """Parses options, trains, and returns the exit status; wrong options or data give 2."""
+    return with_packages(lambda: _main(args))
+
+
+def with_packages(command: Callable[[], int]) -> int:
+    """Runs a command that needs the extra's packages; says which to install where one is missing."""
     try:
-        return _main(args)
+        return command()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _TRAIN_PACKAGES:
             raise
@@ -22,7 +38,7 @@ def _main(args: list[str] | None) -> int:
     # Here, so that `main` can say which packages to install.
     from train.checkpoint import CheckpointError
     from train.config import ConfigError, parse
-    from train.corpus import DataError
+    from train.documents import DataError
     from train.loop import train
 
     config = parse(args)

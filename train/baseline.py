@@ -20,7 +20,7 @@ def bigram_loss(store: TokenStore, batches: Sequence[Batch], vocab_size: int) ->
     estimate: every pair keeps a positive probability.
 
     Args:
-        store: the training split.
+        store: the training split, or a sample of it.
         batches: evaluation batches, as from `train.data.eval_batches`.
         vocab_size: number of token ids.
     """

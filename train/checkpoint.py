@@ -5,6 +5,7 @@ configuration as JSON. Orbax writes it under a temporary name and renames it whe
 process may die at any moment.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from grain.checkpoint import CheckpointRestore, CheckpointSave
+from grain.checkpoint import CheckpointSave
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from train.config import ARITHMETIC, ConfigError, differing_fields
+from train.data import merge_states
 from train.step import TrainState
 
 
@@ -129,7 +131,7 @@ class Checkpoints:
 
         Raises:
             ConfigError: a checkpoint is of another model or optimizer (the message names the differing
-                fields) or of another number of processes.
+                fields), or its data cannot be shared by this number of processes.
             CheckpointError: there are checkpoints and none can be read; they are left where they are.
         """
         steps, unreadable = self.steps(), []
@@ -168,19 +170,24 @@ class Checkpoints:
                     + ", ".join(f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items())
                     + "; choose another --run-dir"
                 )
-        positions = list((self.directory / str(step) / "data").glob("process_*-of-*.json"))
-        if positions and not any(p.stem.endswith(f"-of-{jax.process_count()}") for p in positions):
-            raise ConfigError(
-                f"{self.directory / str(step)} was saved by {len(positions)} processes, each with its place "
-                f"in the data; it cannot be resumed by {jax.process_count()}"
-            )
+        self._restore_data(step, data)
         restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=CheckpointRestore(data)),
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         )
         if int(_digest(restored.state)) != digest:
             raise ValueError("its arrays do not match their checksum")
         return Restored(restored.state, saved)
+
+    def _restore_data(self, step: int, data: Any) -> None:
+        """Every process reads the positions of all that saved: there may have been more or fewer of them."""
+        paths = sorted((self.directory / str(step) / "data").glob("process_*-of-*.json"))
+        count = int(paths[0].stem.rpartition("-")[2]) if paths else 0
+        if not paths or len(paths) != count:
+            raise ValueError(f"{len(paths)} of {count} positions in the data are there")
+        try:
+            data.set_state(merge_states([json.loads(path.read_text()) for path in paths]))
+        except ConfigError as error:
+            raise ConfigError(f"{self.directory / str(step)} cannot be resumed: {error}") from error
 
     def _set_aside(self, steps: list[int]) -> None:
         if steps and jax.process_index() == 0:

@@ -63,11 +63,14 @@ class DataConfig:
     """Text, tokens and batches."""
 
     files: tuple[str, ...] = ()
-    """text files, .jsonl files or globs; none means the running Python's standard library"""
+    """text, .jsonl and .parquet files, directories made by train.prepare, or globs; to mix sources, each with
+    its share of the tokens: 'web/*.jsonl@0.7' 'code@0.3'; none means the running Python's standard library"""
     text_field: str = "text"
-    """field of a .jsonl record that holds the text"""
+    """field of a .jsonl record, or column of a .parquet file, that holds the text"""
+    on_error: Literal["raise", "skip"] = "raise"
+    """bad files and records: stop at the first, or count them, pass over them and report"""
     tokenizer: str | None = None
-    """Hugging Face tokenizers JSON file; none means bytes"""
+    """Hugging Face tokenizers JSON file; none means the one of prepared data, or bytes"""
     eos_token: str | None = None
     """the tokenizer's document separator, where its name is unusual"""
     seq_len: int = 256
@@ -75,7 +78,7 @@ class DataConfig:
     batch_size: int = 8
     """rows per step, over all devices"""
     held_out_fraction: float = 0.05
-    """share of the documents kept for evaluation"""
+    """share of the documents kept for evaluation; prepared data has its own"""
     prefetch: int = 2
     """batches prepared ahead in a background thread; 0 for none"""
 
@@ -232,8 +235,6 @@ class TrainConfig:
             if not value > 0:
                 raise ConfigError(f"argument {name}: must be positive, got {value}")
         self._check_ranges()
-        if self.data.eos_token is not None and self.data.tokenizer is None:
-            raise ConfigError("argument --data.eos-token: goes with --data.tokenizer; bytes have their own")
         manual = (self.mesh.coordinator, self.mesh.num_processes, self.mesh.process_id)
         if any(x is not None for x in manual) and (None in manual or not self.mesh.distributed):
             raise ConfigError(

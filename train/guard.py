@@ -43,8 +43,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def only_run_in(directory: Path) -> Iterator[None]:
-    """Holds a lock on a run directory; the system lets go of it however the process ends.
+def only_run_in(directory: Path, doing: str = "training") -> Iterator[None]:
+    """Holds a lock on a directory; the system lets go of it however the process ends.
+
+    Args:
+        directory: gets a file `lock`.
+        doing: what is done there, for the message.
 
     Raises:
         ConfigError: another process holds it.
@@ -53,5 +57,5 @@ def only_run_in(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"another process is training in {directory}") from error
+            raise ConfigError(f"another process is {doing} in {directory}") from error
         yield

@@ -18,19 +18,18 @@ from train import config as options
 from train.baseline import bigram_loss
 from train.checkpoint import Checkpoints
 from train.config import ConfigError, TrainConfig
-from train.corpus import Corpus, load_corpus
 from train.data import Batch, eval_batches, train_batches
 from train.failure import NonFiniteError, save_failure
 from train.guard import StopRequest, only_run_in, stop_on_signals
 from train.mesh import ShardingRules, global_batch, make_mesh
 from train.metrics import MetricsFile, Throughput, peak_flops
+from train.mixture import Data, load_data
 from train.model_state import ModelState, model_state
 from train.objective import batch_loss_sum
 from train.optimizer import make_optimizer, make_schedule, state_layout
 from train.report import Report
 from train.sample import sample_text
 from train.step import StepMetrics, TrainState, make_eval_step, make_train_step
-from train.tokenizer import Tokenizer, UnknownTokenError, load_tokenizer
 
 # Options whose change between a checkpoint and its resumption is worth a note.
 _SHAPES_TRAINING = (
@@ -43,6 +42,8 @@ _SHAPES_TRAINING = (
     "train.eval",
     "corpus",
 )
+# What the bigram baseline counts of data that is not in memory.
+_BIGRAM_TOKENS = 4_000_000
 
 
 def train(config: TrainConfig) -> int:
@@ -83,34 +84,29 @@ class Run:
     config: TrainConfig
     directory: Path
     report: Report
-    tokenizer: Tokenizer
-    corpus: Corpus
+    data: Data
     model: ModelState
     rules: ShardingRules = field(default_factory=ShardingRules)
     _evaluated: tuple[int, float] | None = None  # the last evaluation: step, loss
+    _told_bad: int = 0  # of the bad records skipped, those reported
 
     @classmethod
     def build(cls, config: TrainConfig, directory: Path, report: Report) -> "Run":
-        """Reads the text and traces the model; makes no arrays and writes nothing."""
-        data = config.data
-        try:
-            tokenizer = load_tokenizer(data.tokenizer, data.eos_token)
-        except UnknownTokenError as error:
-            raise ConfigError(f"argument --data.eos-token: {error}") from error
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"argument --data.tokenizer: {error}") from error
-        corpus = load_corpus(data.files, data.text_field, data.held_out_fraction, tokenizer)
+        """Reads or opens the data and traces the model; makes no arrays and writes nothing."""
+        data = load_data(config.data)
         try:
             mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-            model = model_state(options.model_config(config, tokenizer.vocab_size), mesh, ShardingRules())
+            model = model_state(
+                options.model_config(config, data.tokenizer.vocab_size), mesh, ShardingRules()
+            )
         except ValueError as error:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
-        if data.batch_size % (mesh.size * config.optimizer.accumulate):
+        if config.data.batch_size % (mesh.size * config.optimizer.accumulate):
             raise ConfigError(
-                f"argument --data.batch-size: {data.batch_size} rows do not split over {mesh.size} devices "
-                f"x {config.optimizer.accumulate} micro-batches"
+                f"argument --data.batch-size: {config.data.batch_size} rows do not split over "
+                f"{mesh.size} devices x {config.optimizer.accumulate} micro-batches"
             )
-        run = cls(config, directory, report, tokenizer, corpus, model)
+        run = cls(config, directory, report, data, model)
         try:
             run._trace()
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -132,7 +128,7 @@ class Run:
         """Trains to the last step; see `train` for the exit status."""
         checkpoints = Checkpoints(self.directory / "checkpoints", self.config.checkpoint.keep)
         data = train_batches(
-            self.corpus.train,
+            self.data.train,
             seq_len=self.config.data.seq_len,
             batch_size=self.config.data.batch_size,
             seed=self.config.seed,
@@ -156,12 +152,16 @@ class Run:
         steps, report = self.config.steps, self.report
         state = self._start_or_resume(checkpoints, data)
         start = int(state.step)
-        devices = self.model.mesh.devices
+        devices, described = self.model.mesh.devices, self.data.description()
         report.say(
             f"{self.config.preset}: {self.model.num_parameters:,} parameters on "
-            f"{dict(self.model.mesh.shape)} of {devices.flat[0].device_kind}; "
-            f"{self.corpus.train.num_targets:,} training tokens, {self.corpus.train.num_documents} documents"
+            f"{dict(self.model.mesh.shape)} of {devices.flat[0].device_kind}; {described[0]}"
         )
+        for line in described[1:]:
+            report.say(line)
+        if self.data.bad.count:
+            report.say(self.data.bad.summary())
+            self._told_bad = self.data.bad.count
         report.say(f"bigram baseline: {self._units(self.bigram)} on held-out text")
         if start >= steps:
             more = 2 * start
@@ -328,19 +328,20 @@ class Run:
         self.report.close()
         saved = checkpoints.directory / str(checkpoints.steps()[-1])
         self.report.say(f"eval loss {self._units(loss)}, bigram baseline {self._units(self.bigram)}")
+        if self.data.bad.count > self._told_bad:
+            self.report.say(self.data.bad.summary())
         self.report.say(f"checkpoint: {saved}")
         more = max(self.config.steps, int(state.step)) * 2
         self.report.say(f"to train on, add to the same command: --steps {more}")
         self.report.say('to generate: --sample.prompt "class " --sample.tokens 400')
 
     def _units(self, nats: float) -> str:
-        held_out = self.corpus.held_out
-        bits = nats / math.log(2) * held_out.num_targets / held_out.num_bytes
+        bits = nats / math.log(2) / self.data.held_out.bytes_per_target
         return f"{nats:.4f} nats/token ({bits:.3f} bits/byte)"
 
     def _sample(self, state: TrainState) -> str:
         model: LanguageModel = self.model.model(state.params)
-        return sample_text(model, self.tokenizer, self.config.sample, self.config.seed)
+        return sample_text(model, self.data.tokenizer, self.config.sample, self.config.seed)
 
     @property
     def _can_sample(self) -> bool:
@@ -353,7 +354,7 @@ class Run:
             "model": options.to_dict(self.model.config),
             "optimizer_state": state_layout(self.config.optimizer),
             "train": options.to_dict(self.config),
-            "corpus": {"fingerprint": self.corpus.fingerprint},
+            "corpus": {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.fingerprint},
         }
 
     @cached_property
@@ -371,7 +372,7 @@ class Run:
         """The held-out batches every evaluation uses."""
         data = self.config.data
         return eval_batches(
-            self.corpus.held_out,
+            self.data.held_out,
             seq_len=data.seq_len,
             batch_size=data.batch_size,
             max_batches=self.config.eval.batches,
@@ -380,7 +381,8 @@ class Run:
     @cached_property
     def bigram(self) -> float:
         """The baseline's loss on those batches, nats per token."""
-        return bigram_loss(self.corpus.train, self.eval_batches, self.tokenizer.vocab_size)
+        sample = self.data.train.sample(_BIGRAM_TOKENS)
+        return bigram_loss(sample, self.eval_batches, self.data.tokenizer.vocab_size)
 
     @cached_property
     def _eval_step(self) -> Any:

@@ -1,11 +1,21 @@
-"""What a run shows: a progress bar on a terminal, lines elsewhere, TensorBoard events. Process 0 only."""
+"""What a command shows: a progress bar on a terminal, lines elsewhere; a run's TensorBoard events."""
 
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from tensorboardX import SummaryWriter
+
+_MIB = 2**20
 
 
 class Report:
@@ -76,3 +86,39 @@ class Report:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+class ByteProgress:
+    """How much of a known number of bytes is done: a bar on a terminal, elsewhere a line every tenth."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._progress: Progress | None = None
+        self._total = self._done = self._shown = 0
+
+    def start(self, total: int) -> None:
+        """Begins at 0 of `total` bytes."""
+        self._total = total
+        if self._console.is_terminal:
+            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.start()
+            self._task = self._progress.add_task("", total=total)
+
+    def advance(self, size: int) -> None:
+        """`size` more bytes are done."""
+        self._done += size
+        if self._done - self._shown < (_MIB if self._progress else self._total / 10):
+            return
+        self._shown = self._done
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done)
+        else:
+            self._console.print(f"{self._done / _MIB:,.0f} of {self._total / _MIB:,.0f} MiB read")
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done)
+            self._progress.stop()
+            self._progress = None

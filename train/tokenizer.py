@@ -1,10 +1,13 @@
 """Text to token ids and back: raw bytes by default, or a Hugging Face `tokenizers` JSON file."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from train.config import ConfigError
 
 # Names under which published tokenizers keep their end-of-document token, tried in this order.
 COMMON_EOS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]", "[SEP]")
@@ -15,9 +18,15 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eos_id: int
+    fingerprint: str
+    """equal for tokenizers that give the same ids"""
 
     def encode(self, text: bytes) -> np.ndarray:
         """UTF-8 bytes -> ids int32 [N], with no end-of-document token."""
+        ...
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """`encode` of each text, on all CPU cores where the tokenizer can."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -30,10 +39,15 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+    fingerprint = "bytes"
 
     def encode(self, text: bytes) -> np.ndarray:
         """UTF-8 bytes -> int32 [N]."""
         return np.frombuffer(text, np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids -> text; invalid UTF-8 becomes the replacement character."""
@@ -52,6 +66,9 @@ class FileTokenizer:
         eos_token: the token that separates documents; by default the first of `COMMON_EOS` in the
             vocabulary, and if there is none, one new id after the last.
 
+    Attributes:
+        json: the file's bytes.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a tokenizer.
@@ -64,8 +81,9 @@ class FileTokenizer:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer file not found: {path}")
+        self.json = path.read_bytes()
         try:
-            self._tokenizer = HFTokenizer.from_file(str(path))
+            self._tokenizer = HFTokenizer.from_buffer(self.json)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path}: not a tokenizers JSON file ({error})") from error
         # Not the number of tokens: a vocabulary may have holes.
@@ -76,11 +94,18 @@ class FileTokenizer:
             raise UnknownTokenError(f"{path}: no token {eos_token!r} in the vocabulary")
         self.eos_id: int = found[0] if found else size
         self.vocab_size: int = max(size, self.eos_id + 1)
+        self.fingerprint = f"{hashlib.sha256(self.json).hexdigest()[:16]}-eos{self.eos_id}"
 
     def encode(self, text: bytes) -> np.ndarray:
         """UTF-8 bytes -> int32 [N]; invalid UTF-8 is replaced first."""
         encoding = self._tokenizer.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False)
         return np.asarray(encoding.ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """`encode` of each text, in parallel."""
+        strings = [text.decode("utf-8", errors="replace") for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Ids -> text, without special tokens."""
@@ -90,3 +115,24 @@ class FileTokenizer:
 def load_tokenizer(path: str | None, eos_token: str | None = None) -> Tokenizer:
     """The tokenizer of a JSON file, or bytes when `path` is None."""
     return ByteTokenizer() if path is None else FileTokenizer(path, eos_token)
+
+
+def chosen_tokenizer(path: str | None, eos_token: str | None, prefix: str) -> Tokenizer:
+    """`load_tokenizer` from options.
+
+    Args:
+        path: the option `<prefix>tokenizer`.
+        eos_token: the option `<prefix>eos-token`.
+        prefix: of the options' names, for messages.
+
+    Raises:
+        ConfigError: names the option that is wrong.
+    """
+    if eos_token is not None and path is None:
+        raise ConfigError(f"argument {prefix}eos-token: goes with {prefix}tokenizer; bytes have their own")
+    try:
+        return load_tokenizer(path, eos_token)
+    except UnknownTokenError as error:
+        raise ConfigError(f"argument {prefix}eos-token: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"argument {prefix}tokenizer: {error}") from error

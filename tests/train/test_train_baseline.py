@@ -8,6 +8,7 @@ import pytest
 from train import baseline
 from train.corpus import TokenStore
 from train.data import eval_batches
+from train.mixture import Mixture
 
 
 def store(documents):
@@ -30,5 +31,5 @@ def test_matches_counting_by_hand(monkeypatch, dense_cells):
         return -np.log((joint + unigram) / (context + 1))
 
     expected = np.mean([nll(a, b) for a, b in zip(held_out[0][:-1], held_out[0][1:], strict=True)])
-    batches = eval_batches(store(held_out), seq_len=8, batch_size=2, max_batches=10)
+    batches = eval_batches(Mixture.of(store(held_out)), seq_len=8, batch_size=2, max_batches=10)
     assert baseline.bigram_loss(store(train), batches, vocab) == pytest.approx(expected, rel=1e-12)

@@ -1,16 +1,20 @@
 """Corpus, packing and iterator state."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 
-from tests.train.train_common import write_text
-from train.corpus import DataError, Document, TokenStore, load_corpus, split_documents, tokenize
-from train.data import Pieces, eval_batches, train_batches
+from train.config import ConfigError
+from train.corpus import TokenStore, load_corpus, split_documents, tokenize
+from train.data import Pieces, eval_batches, merge_states, train_batches
+from train.documents import Document
+from train.mixture import Group, Mixture, weighted
 from train.tokenizer import ByteTokenizer
 
 SEQ = 16
+STORE = (40, 5, 1, 17, 16, 33, 2) * 20
 
 
 def numbered_store(lengths=(40, 5, 1, 17, 16, 33, 2)) -> TokenStore:
@@ -25,7 +29,7 @@ def same(a, b) -> bool:
 
 def test_packing_predicts_every_token_once_and_never_across_documents():
     store = numbered_store()
-    batches = eval_batches(store, seq_len=SEQ, batch_size=2, max_batches=100)
+    batches = eval_batches(Mixture.of(store), seq_len=SEQ, batch_size=2, max_batches=100)
     tokens, targets, segments = (
         np.concatenate([b[name] for b in batches]) for name in ("tokens", "targets", "segment_ids")
     )
@@ -38,7 +42,7 @@ def test_packing_predicts_every_token_once_and_never_across_documents():
 
 
 def test_packing_numbers_segments_from_one_and_pads_with_zero():
-    batches = eval_batches(numbered_store(), seq_len=SEQ, batch_size=2, max_batches=100)
+    batches = eval_batches(Mixture.of(numbered_store()), seq_len=SEQ, batch_size=2, max_batches=100)
     for tokens, segments in (
         (t, s) for b in batches for t, s in zip(b["tokens"], b["segment_ids"], strict=True)
     ):
@@ -58,7 +62,9 @@ def test_pieces_are_full_but_the_last_of_a_document():
 @pytest.mark.parametrize("before,after", [(0, 0), (2, 2), (0, 2), (2, 0)])
 def test_restored_iterator_continues_with_identical_batches(before, after):
     def fresh(prefetch):
-        return train_batches(numbered_store(), seq_len=SEQ, batch_size=4, seed=3, prefetch=prefetch)
+        return train_batches(
+            Mixture.of(numbered_store(STORE)), seq_len=SEQ, batch_size=4, seed=3, prefetch=prefetch
+        )
 
     a, b = fresh(before), fresh(after)
     list(itertools.islice(a, 37))  # several epochs in, in the middle of a packing buffer
@@ -69,7 +75,9 @@ def test_restored_iterator_continues_with_identical_batches(before, after):
 
 def test_order_depends_on_the_seed_and_differs_between_epochs():
     def rows(seed, count):
-        data = train_batches(numbered_store((15,) * 64), seq_len=SEQ, batch_size=64, seed=seed, prefetch=0)
+        data = train_batches(
+            Mixture.of(numbered_store((15,) * 64)), seq_len=SEQ, batch_size=64, seed=seed, prefetch=0
+        )
         return [next(data)["tokens"] for _ in range(count)]
 
     (first, second), (again,), (other,) = rows(0, 2), rows(0, 1), rows(1, 1)
@@ -83,7 +91,13 @@ def test_processes_read_disjoint_shares():
     shares = [
         next(
             train_batches(
-                store, seq_len=SEQ, batch_size=64, seed=0, process_index=i, process_count=2, prefetch=0
+                Mixture.of(store),
+                seq_len=SEQ,
+                batch_size=64,
+                seed=0,
+                process_index=i,
+                process_count=2,
+                prefetch=0,
             )
         )
         for i in range(2)
@@ -116,39 +130,115 @@ def test_standard_library_is_the_default_corpus():
     assert len(corpus.train.tokens) > 1_000_000
 
 
-def test_globs_text_and_json_lines_mix(tmp_path):
-    (tmp_path / "a.txt").write_text("plain text " * 10)
-    write_text(tmp_path / "b.jsonl", documents=3)
-    corpus = load_corpus((str(tmp_path / "*"),), "text", 0.1, ByteTokenizer())
-    assert corpus.train.num_documents == 4
+def streams(index=0, count=1, batch_size=8):
+    return train_batches(
+        Mixture.of(numbered_store(STORE)),
+        seq_len=SEQ,
+        batch_size=batch_size,
+        seed=0,
+        process_index=index,
+        process_count=count,
+        prefetch=0,
+    )
 
 
-def load(*patterns):
-    return load_corpus([str(p) for p in patterns], "text", 0.05, ByteTokenizer())
+def global_batches(processes, count):
+    """What `count` steps of all processes together read."""
+    steps = zip(*(itertools.islice(data, count) for data in processes), strict=True)
+    return [{name: np.concatenate([b[name] for b in step]) for name in step[0]} for step in steps]
 
 
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"not found: .*nothing\.txt"):
-        load(tmp_path / "nothing.txt")
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_global_batches_are_the_same_for_any_number_of_processes(count):
+    several = global_batches([streams(i, count) for i in range(count)], 40)
+    assert all(same(a, b) for a, b in zip(several, global_batches([streams()], 40), strict=True))
 
 
-def test_empty_file_is_named(tmp_path):
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(DataError, match=r"empty: .*empty\.txt"):
-        load(tmp_path / "empty.txt")
+@pytest.mark.parametrize("before,after", [(2, 1), (2, 4), (1, 2), (4, 4)])
+def test_positions_of_some_processes_resume_on_others(before, after):
+    old = [streams(i, before) for i in range(before)]
+    global_batches(old, 13)
+    state = merge_states([json.loads(json.dumps(data.get_state())) for data in old])
+    new = [streams(i, after) for i in range(after)]
+    for data in new:
+        data.set_state(state)
+    assert all(same(a, b) for a, b in zip(global_batches(old, 30), global_batches(new, 30), strict=True))
 
 
-def test_file_without_documents_is_named(tmp_path):
-    (tmp_path / "blank.jsonl").write_text("\n\n")
-    with pytest.raises(DataError, match=r"no documents in .*blank\.jsonl"):
-        load(tmp_path / "blank.jsonl")
+def test_streams_that_processes_cannot_share_are_refused():
+    with pytest.raises(ConfigError, match="8 streams, which 3 processes cannot share"):
+        streams(0, 3, batch_size=12).set_state(streams().get_state())
 
 
-@pytest.mark.parametrize(
-    "line", ["{not json", '{"body": "x"}', '["x"]', '{"text": 3}', r'{"text": "\ud83d"}']
-)
-def test_bad_json_line_is_named_by_file_and_line(tmp_path, line):
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(DataError, match=r"bad\.jsonl:2: "):
-        load(path)
+def test_position_of_a_pipeline_without_streams_is_refused():
+    with pytest.raises(ConfigError, match="older version"):
+        streams().set_state(merge_states([{"parent": {"next_index": 3}}]))
+
+
+@pytest.mark.parametrize("batch_size", [4, 6, 16])
+def test_another_batch_size_goes_on_with_the_same_rows(batch_size):
+    old, new = streams(), streams(batch_size=batch_size)
+    global_batches([old], 3)
+    new.set_state(old.get_state())
+
+    def rows(data, count):
+        return sorted(row.tobytes() for b in global_batches([data], count) for row in b["tokens"])
+
+    assert rows(old, 48 // 8) == rows(new, 48 // batch_size)
+
+
+def test_mixture_weighs_tokens_not_documents():
+    long, short = numbered_store((300,) * 40), numbered_store((3,) * 400)
+    short = TokenStore(short.tokens + 1_000_000, short.offsets, short.num_bytes)
+    mixture = Mixture((Group("long", (long,), 0.25), Group("short", (short,), 0.75)))
+    data = train_batches(mixture, seq_len=SEQ, batch_size=8, seed=0, prefetch=0)
+    targets = np.concatenate([b["targets"][b["segment_ids"] > 0] for b in itertools.islice(data, 200)])
+    assert (targets > 1_000_000).mean() == pytest.approx(0.75, abs=0.02)
+    # Batches have both, rather than one and then the other (which would deviate by 0.43).
+    shares = [(b["targets"] > 1_000_000)[b["segment_ids"] > 0].mean() for b in itertools.islice(data, 200)]
+    assert np.std(shares) < 0.25
+
+
+def test_mixture_without_weights_is_in_proportion_to_size():
+    large, small = numbered_store((60,) * 90), numbered_store((60,) * 10)
+    small = TokenStore(small.tokens + 1_000_000, small.offsets, small.num_bytes)
+    data = train_batches(Mixture.of(large, small), seq_len=SEQ, batch_size=8, seed=0, prefetch=0)
+    targets = np.concatenate([b["targets"] for b in itertools.islice(data, 200)])
+    assert (targets > 1_000_000).mean() == pytest.approx(0.1, abs=0.02)
+
+
+def test_restored_mixture_continues_with_identical_batches():
+    mixture = Mixture(
+        (Group("a", (numbered_store(STORE),), 0.3), Group("b", (numbered_store((20,) * 99),), 0.7))
+    )
+    a, b = (train_batches(mixture, seq_len=SEQ, batch_size=4, seed=1, prefetch=n) for n in (0, 2))
+    list(itertools.islice(a, 29))
+    b.set_state(json.loads(json.dumps(a.get_state())))
+    assert all(same(x, y) for x, y in itertools.islice(zip(a, b, strict=True), 90))
+    a.close(), b.close()
+
+
+def test_sample_is_drawn_as_the_mixture_weighs():
+    a, b = numbered_store((100,) * 300), numbered_store((50,) * 400)
+    b = TokenStore(b.tokens + 1_000_000, b.offsets, b.num_bytes)
+    sample = Mixture((Group("a", (a,), 0.5), Group("b", (b,), 0.5))).sample(10_000)
+    assert len(sample.tokens) == pytest.approx(10_000, rel=0.1)
+    assert (sample.tokens > 1_000_000).mean() == pytest.approx(0.5, abs=0.1)
+    assert Mixture.of(a).sample(10) is a
+
+
+def test_weights_are_normalised():
+    assert weighted(["a", "b"]) == [(("a", "b"), 1.0)]
+    assert weighted(["a@3", "b*.txt@1"]) == [(("a",), 0.75), (("b*.txt",), 0.25)]
+    assert weighted(["me@home.txt"]) == [(("me@home.txt",), 1.0)]
+
+
+def test_name_that_reads_as_a_weight_is_a_name(tmp_path):
+    (tmp_path / "web@2").write_text("x")
+    assert weighted([str(tmp_path / "web@2")]) == [((str(tmp_path / "web@2"),), 1.0)]
+
+
+@pytest.mark.parametrize("files", [["a@1", "b"], ["a@0"], ["a@-1", "b@1"], ["a@inf", "b@1"], ["a@nan"]])
+def test_wrong_weights_are_refused(files):
+    with pytest.raises(ConfigError, match=r"argument --data\.files"):
+        weighted(files)

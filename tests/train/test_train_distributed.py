@@ -1,11 +1,12 @@
 """Two real processes, joined by jax.distributed, train one model."""
 
+import shutil
 import socket
 import subprocess
 
 import pytest
 
-from tests.train.train_common import TINY, command, environment, losses, write_text
+from tests.train.train_common import TINY, command, environment, losses, run, write_text
 
 
 def free_port() -> int:
@@ -48,6 +49,11 @@ def test_two_processes_train_save_and_resume_as_one_run(tmp_path):
     first, second = run_pair(*args, "--run-dir", whole, "--steps", "6")
     assert "eval loss" in first and "eval loss" not in second  # only process 0 prints
     run_pair(*args, "--run-dir", parts, "--steps", "4")
+    shutil.copytree(parts, alone := tmp_path / "alone")
     first, _ = run_pair(*args, "--run-dir", parts, "--steps", "6")
     assert "at step 4" in first
     assert losses(parts) == losses(whole)
+    # One process goes on with the batches of both.
+    done = run(*args, "--run-dir", alone, "--steps", "6", devices=2)
+    assert done.returncode == 0 and "at step 4" in done.stdout, done.stderr
+    assert losses(alone) == pytest.approx(losses(whole), rel=1e-5)

@@ -5,7 +5,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 
-from train.corpus import DataError, Document, tokenize
+from train.corpus import tokenize
+from train.documents import DataError, Document
 from train.tokenizer import ByteTokenizer, FileTokenizer
 
 TEXT = "def f(x):\n\treturn x  # naïve Δ 漢字 🙂\n"

@@ -1,0 +1,179 @@
+"""What a run trains on: one or several sources, their shares, and the tokenizer they have in common."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from train.config import ConfigError, DataConfig
+from train.corpus import Corpus, Store, TokenStore, load_corpus
+from train.documents import BadData, expand
+from train.prepared import open_prepared, prepared_tokenizer
+from train.tokenizer import Tokenizer, chosen_tokenizer
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stores that are read as one, each in proportion to its size."""
+
+    name: str
+    stores: tuple[Store, ...]
+    share: float
+    """of the tokens trained on; all groups' sum to 1"""
+
+    @cached_property
+    def num_targets(self) -> int:
+        """Tokens to predict."""
+        return sum(store.num_targets for store in self.stores)
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents."""
+        return sum(store.num_documents for store in self.stores)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One split of everything a run reads."""
+
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, *stores: Store) -> "Mixture":
+        """Stores read as one."""
+        return cls((Group("", stores, 1.0),))
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens to predict in all sources."""
+        return sum(group.num_targets for group in self.groups)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in all sources."""
+        return sum(group.num_documents for group in self.groups)
+
+    @property
+    def bytes_per_target(self) -> float:
+        """Bytes of text behind a token to predict, on average over the mixture."""
+        return sum(
+            group.share * sum(store.num_bytes for store in group.stores) / group.num_targets
+            for group in self.groups
+        )
+
+    def sample(self, max_tokens: int) -> TokenStore:
+        """Documents of about `max_tokens` tokens in all, drawn as the mixture weighs them.
+
+        A corpus in memory that is the whole mixture is returned as it is, whatever its size.
+        """
+        stores = [store for group in self.groups for store in group.stores]
+        if len(stores) == 1 and isinstance(stores[0], TokenStore):
+            return stores[0]
+        parts: list[np.ndarray] = []
+        for group in self.groups:
+            for store in group.stores:
+                budget = max_tokens * group.share * store.num_targets / group.num_targets
+                parts += _drawn(store, budget)
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        return TokenStore(np.concatenate(parts), offsets, 0)
+
+
+def _drawn(store: Store, budget: float) -> list[np.ndarray]:
+    """Random documents of about `budget` tokens, all of them if they are not more."""
+    lengths = store.lengths
+    count = math.ceil(budget * len(lengths) / int(lengths.sum(dtype=np.int64)))
+    if count < len(lengths):
+        chosen = np.unique(np.random.default_rng(0).integers(0, len(lengths), size=count))
+    else:
+        chosen = np.arange(len(lengths))
+    read = (store.read(int(i), 0, int(lengths[i])) for i in chosen)
+    return [tokens for tokens in read if tokens is not None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything that `--data.*` names, opened."""
+
+    tokenizer: Tokenizer
+    train: Mixture
+    held_out: Mixture
+    fingerprint: str
+    bad: BadData
+
+    def description(self) -> list[str]:
+        """What is trained on, a line per source where there are several."""
+        lines = [f"{self.train.num_targets:,} training tokens, {self.train.num_documents:,} documents"]
+        if len(self.train.groups) > 1:
+            lines += [
+                f"  {group.share:6.1%} {group.name}: {group.num_targets:,} tokens, "
+                f"{group.num_documents:,} documents"
+                for group in self.train.groups
+            ]
+        return lines
+
+
+def weighted(files: Sequence[str]) -> list[tuple[tuple[str, ...], float]]:
+    """Groups of patterns and their shares, which sum to 1.
+
+    Args:
+        files: patterns, all of the form `pattern@weight`, each then a group of its own, or none of them.
+
+    Raises:
+        ConfigError: some have a weight and some have none, or one that is not positive and finite.
+    """
+    parsed: list[tuple[str, float]] = []
+    for text in files:
+        pattern, at, number = text.rpartition("@")
+        try:
+            weight = float(number)
+        except ValueError:
+            continue
+        if not (at and pattern) or Path(text).exists():
+            continue
+        if not 0 < weight < math.inf:
+            raise ConfigError(f"argument --data.files: the weight of {text} must be positive and finite")
+        parsed.append((pattern, weight))
+    if not parsed:
+        return [(tuple(files), 1.0)]
+    if len(parsed) < len(files):
+        raise ConfigError(
+            "argument --data.files: give all sources a weight, as in 'web/*.jsonl@0.7', or none: "
+            + " ".join(files)
+        )
+    total = sum(weight for _, weight in parsed)
+    return [((pattern,), weight / total) for pattern, weight in parsed]
+
+
+def load_data(config: DataConfig) -> Data:
+    """Reads text into memory and opens prepared directories.
+
+    Raises:
+        ConfigError: options that are wrong or do not go together.
+        DataError: data that cannot be used; see `load_corpus` and `open_prepared`.
+    """
+    groups = [(expand(patterns), patterns, share) for patterns, share in weighted(config.files)]
+    directories = [Path(name) for names, _, _ in groups for name in names if Path(name).is_dir()]
+    if config.tokenizer is None and config.eos_token is None and directories:
+        tokenizer = prepared_tokenizer(directories[0])
+    else:
+        tokenizer = chosen_tokenizer(config.tokenizer, config.eos_token, "--data.")
+
+    bad = BadData(config.on_error)
+    train, held_out, fingerprints = [], [], []
+    for names, patterns, share in groups:
+        corpora: list[Corpus] = []
+        texts = [name for name in names if not Path(name).is_dir()]
+        if texts or not names:
+            corpora.append(load_corpus(texts, config.text_field, config.held_out_fraction, tokenizer, bad))
+        for name in names:
+            if Path(name).is_dir():
+                corpora.append(open_prepared(Path(name), tokenizer, config.seq_len, bad))
+        title = " ".join(patterns)
+        train.append(Group(title, tuple(corpus.train for corpus in corpora), share))
+        held_out.append(Group(title, tuple(corpus.held_out for corpus in corpora), share))
+        fingerprint = "+".join(corpus.fingerprint for corpus in corpora)
+        fingerprints.append(fingerprint if len(groups) == 1 else f"{share:.6f}*({fingerprint})")
+    return Data(tokenizer, Mixture(tuple(train)), Mixture(tuple(held_out)), " + ".join(fingerprints), bad)
