@@ -78,7 +78,7 @@ def channel_gradients(
     def halves_of(dtype):
         return tile((warpgroups, CHUNK, HALF), dtype)
 
-    relations = tile((4, CHUNK, CHUNK), jnp.float16)  # F, E, and their second terms
+    relations = tile((2, CHUNK, CHUNK), jnp.float16)  # F and E
     scratch: dict[str, Any] = dict(
         part_tiles=part_tiles(K, stages=STAGES, terms=2),
         q_tile=plgpu.RefUnion(halves_of(jnp.bfloat16), halves_of(jnp.float16)),
@@ -271,13 +271,13 @@ def _body(
         root = lax.rsqrt(unit)
         per_unit = root * root
         for r, i in zip(strict, walk.relations, strict=True):
-            for term, lower in enumerate(split(r * rows(per_unit, square), jnp.float16)):
-                to = relation_tile.at[2 * term + i]
-                to[...] = lower
-                plgpu.commit_smem()
-                upper = plgpu.load(to.transpose((1, 0)), layout=L)
-                plgpu.commit_smem()
-                to[...] = lower + upper
+            lower = (r * rows(per_unit, square)).astype(jnp.float16)
+            to = relation_tile.at[i]
+            to[...] = lower
+            plgpu.commit_smem()
+            upper = plgpu.load(to.transpose((1, 0)), layout=L)
+            plgpu.commit_smem()
+            to[...] = lower + upper
         meet()
 
         def add_level(i, gradients):
@@ -292,13 +292,14 @@ def _body(
             level_tile[1][wg] = kf
             plgpu.commit_smem()
             of_level = last - (CHUNK - 1) + level
-            whole = [plgpu.load(relation_tile.at[j], layout=L) for j in range(4)]
-            high_f, high_e, low_f, low_e = rowwise.pick_level(whole, of_level)
-            asks, keys = level_tile[0].at[wg], level_tile[1].at[wg]
-            f, e = tiles.products(HALF, [(high_f, asks), (low_f, asks)], [(high_e, keys), (low_e, keys)])
-            factor = factor.astype(jnp.float32)
-            reads = jnp.where(odd, factor, 0.0)
-            return x + reads * f, y + reads * e, z + (factor - reads) * (f + e)
+            whole = [plgpu.load(relation_tile.at[j], layout=L) for j in range(2)]
+            of_f, of_e = rowwise.pick_level(whole, of_level)
+            reads = jnp.where(odd, factor, 0.0).astype(jnp.float32)
+            stores = factor.astype(jnp.float32) - reads
+            f = tiles.product(HALF, (of_f, level_tile[0].at[wg]))  # one after the other: registers are short
+            x, z = x + reads * f, z + stores * f
+            e = tiles.product(HALF, (of_e, level_tile[1].at[wg]))
+            return x, y + reads * e, z + stores * e
 
         scaled = rows(per_unit, square)
         x, y, z = lax.fori_loop(0, 6, add_level, (x * scaled, y * scaled, z * scaled))

@@ -106,7 +106,8 @@ class Parts:
         """Batch row, head and chunk of the block's n-th chunk."""
         _, HV, NC = self.refs.states.shape[:3]
         at = lax.axis_index("block") + n * min(MULTIPROCESSORS, num_chunks(self.refs.states))
-        return lax.div(at, HV * NC), lax.rem(lax.div(at, NC), HV), lax.rem(at, NC)
+        # Heads first: what blocks load at a time lies together in memory.
+        return lax.div(at, HV * NC), lax.rem(at, HV), lax.rem(lax.div(at, HV), NC)
 
     @property
     def relations(self) -> list[Any]:
@@ -146,7 +147,7 @@ class Parts:
         wg, to = lax.axis_index("warpgroup"), self.tiles
         mine = pl.ds(wg * HALF, HALF)
 
-        def add(j, sums):
+        def part(j):
             t = n * self.parts + j
             slot = lax.rem(t, self.stages)
             plgpu.barrier_wait(to.loaded.at[slot])
@@ -163,30 +164,29 @@ class Parts:
                     pairs.append((to.low.at[at], high.transpose((1, 0))))
                 return pairs
 
-            more: list[Any] = [(r, related(i)) for r, i in zip(sums.related, self.relations, strict=True)]
+            def refill():
+                @pl.when(t + self.stages < self.count * self.parts)
+                def _used():
+                    plgpu.barrier_arrive(to.free.at[slot])
+
+                    @pl.when(wg == 0)
+                    def _next_part():
+                        plgpu.barrier_wait(to.free.at[slot])
+                        self._load(t + self.stages)
+
+            pairs = [
+                [(do, state)],
+                [(x, state) for x in drs],
+                [(high, dstate), (low, dstate)],
+                *[related(i) for i in self.relations],
+            ]
             if self.gated:
-                more.insert(0, (sums.overlap, [(state.transpose((1, 0)), dstate)]))
-            asked, read, stored, *more = tiles.add_products(
-                (sums.asked, [(do, state)]),
-                (sums.read, [(x, state) for x in drs]),
-                (sums.stored, [(high, dstate), (low, dstate)]),
-                *more,
-            )
+                pairs.append([(state.transpose((1, 0)), dstate)])
+            return pairs, refill
 
-            @pl.when(t + self.stages < self.count * self.parts)
-            def _refill():
-                plgpu.barrier_arrive(to.free.at[slot])
-
-                @pl.when(wg == 0)
-                def _next_part():
-                    plgpu.barrier_wait(to.free.at[slot])
-                    self._load(t + self.stages)
-
-            return Sums(asked, read, stored, more.pop(0) if self.gated else None, more)
-
-        overlap = nothing() if self.gated else None
-        first = Sums(nothing(), nothing(), nothing(), overlap, [nothing() for _ in self.relations])
-        return lax.fori_loop(0, self.parts, add, first)
+        num = 3 + len(self.relations) + self.gated
+        asked, read, stored, *more = tiles.looped_products(HALF, self.parts, num, part)
+        return Sums(asked, read, stored, more.pop() if self.gated else None, more)
 
 
 def num_chunks(states) -> int:

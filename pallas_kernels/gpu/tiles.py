@@ -67,6 +67,33 @@ def products(n: int, *sums) -> tuple[jax.Array, ...]:
     return tuple(plgpu.layout_cast(x, L) for x in out)
 
 
+def looped_products(n: int, count: int, num: int, turn) -> tuple[jax.Array, ...]:
+    """``num`` sums of products over the turns of a loop, each [64, n] float32.
+
+    Args:
+      n: columns.
+      count: turns.
+      num: sums.
+      turn: function of the turn's number: returns the pairs of every sum, as for `product` and all in shared
+        memory, and a function to call when they are no longer needed.
+    """
+
+    def multiply(*accumulators):
+        @pl.loop(0, count)
+        def _turn(j):
+            sums, done = turn(j)
+            for accumulator, pairs in zip(accumulators, sums, strict=True):
+                for a, b in pairs:
+                    plgpu.wgmma(accumulator, a, b)
+            plgpu.wgmma_wait(0)
+            done()
+
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    out = pl.run_scoped(multiply, *[plgpu.ACC((CHUNK, n), jnp.float32)] * num)
+    return tuple(plgpu.layout_cast(x, L) for x in out)
+
+
 def product_beside(n: int, first, second, use) -> tuple[jax.Array, jax.Array]:
     """``use`` of the first sum of products, computed while the second runs; and the second, each [64, n]."""
 

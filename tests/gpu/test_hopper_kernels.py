@@ -37,6 +37,17 @@ def interpreted_products(monkeypatch):
         tiles, "product_beside", lambda n, first, second, use: (use(add_up(first)), add_up(second))
     )
     monkeypatch.setattr(tiles, "add_products", lambda *sums: tuple(x + add_up(pairs) for x, pairs in sums))
+
+    def looped_products(n, count, num, turn):
+        def add(j, sums):
+            pairs, done = turn(j)
+            sums = [x + add_up(p) for x, p in zip(sums, pairs, strict=True)]
+            done()
+            return sums
+
+        return jax.lax.fori_loop(0, count, add, [jnp.zeros((64, n), jnp.float32)] * num)
+
+    monkeypatch.setattr(tiles, "looped_products", looped_products)
     monkeypatch.setattr(rowwise, "gather", lambda ref, index, n: ref[...][index])
 
     def scatter(ref, index, x):
