@@ -137,18 +137,21 @@ def read_documents(
         progress: is told how many bytes of the files were consumed.
     """
     for name in names:
-        size = Path(name).stat().st_size
-        if size == 0:
-            bad.found(f"data file is empty: {name}")
-        elif name.endswith(".jsonl"):
-            yield from _json_lines(name, text_field, bad, progress)
-        elif name.endswith(".parquet"):
-            yield from _parquet_rows(name, text_field, bad, progress)
-        elif max_text_bytes is None or size <= max_text_bytes:
-            yield Document(name, Path(name).read_bytes())
-            progress(size)
-        else:
-            yield from _text_parts(name, max_text_bytes, progress)
+        try:
+            size = Path(name).stat().st_size
+            if size == 0:
+                bad.found(f"data file is empty: {name}")
+            elif name.endswith(".jsonl"):
+                yield from _json_lines(name, text_field, bad, progress)
+            elif name.endswith(".parquet"):
+                yield from _parquet_rows(name, text_field, bad, progress)
+            elif max_text_bytes is None or size <= max_text_bytes:
+                yield Document(name, Path(name).read_bytes())
+                progress(size)
+            else:
+                yield from _text_parts(name, max_text_bytes, progress)
+        except OSError as error:
+            bad.found(f"{name}: cannot be read ({error.strerror})", error)
 
 
 def _text_parts(name: str, size: int, progress: Callable[[int], object]) -> Iterator[Document]:

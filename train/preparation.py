@@ -156,6 +156,7 @@ def prepare(
     config: PrepareConfig,
     start: Callable[[int], object] = lambda size: None,
     progress: Callable[[int], object] = lambda size: None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Metadata:
     """Makes a prepared directory.
 
@@ -163,6 +164,7 @@ def prepare(
         config: what to make of what.
         start: is told how many bytes there are to read.
         progress: is told how many of them were consumed, again and again.
+        say: is told what bad data was skipped, if any was.
 
     Returns:
         The metadata written.
@@ -193,9 +195,12 @@ def prepare(
                 ids = tokenizer.encode_batch([document.text for _, document in batch])
                 for (split, document), tokens in zip(batch, ids, strict=True):
                     writer.add(split, document, tokens)
-        return writer.finish(
+        metadata = writer.finish(
             files=config.files,
             eos_token=config.eos_token,
             held_out_fraction=config.held_out_fraction,
             bad=bad,
         )
+    if bad.count:
+        say(bad.summary())
+    return metadata

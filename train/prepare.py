@@ -21,9 +21,9 @@ def _main(args: Sequence[str] | None) -> int:
     from train.report import ByteProgress
 
     config = tyro.cli(PrepareConfig, prog="python -m train.prepare", args=args)
-    progress = ByteProgress()
+    progress, skipped = ByteProgress(), list[str]()
     try:
-        metadata = prepare(config, progress.start, progress.advance)
+        metadata = prepare(config, progress.start, progress.advance, skipped.append)
     except (ConfigError, DataError, FileNotFoundError) as error:
         progress.close()
         print(f"error: {error}", file=sys.stderr)
@@ -33,6 +33,8 @@ def _main(args: Sequence[str] | None) -> int:
         print(f"error: interrupted; {config.out} was not made", file=sys.stderr)
         return 130
     progress.close()
+    for text in skipped:
+        print(text)
     for name, split in (("train", metadata.train), ("held out", metadata.held_out)):
         print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens in {len(split.shards)} files")
     print(f"to train: python -m train --data.files {config.out}")

@@ -124,6 +124,11 @@ def test_bad_data_is_skipped_and_counted_on_request(tmp_path):
     assert len(bad.messages) == 3
 
 
+def test_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read \(No such file"):
+        read(tmp_path / "gone.jsonl")
+
+
 def test_long_text_is_cut_at_line_ends_on_request(tmp_path):
     text = "".join(f"line {i}\n" for i in range(5000)).encode()
     (tmp_path / "long.txt").write_bytes(text)

@@ -111,7 +111,9 @@ def test_bad_records_stop_it_or_are_counted(tmp_path, text):
     with pytest.raises(DataError, match=r"text\.jsonl:301: not valid JSON"):
         prepare(PrepareConfig(str(tmp_path / "out"), (str(text),)))
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]  # nothing is left behind
-    metadata = prepare(PrepareConfig(str(tmp_path / "out"), (str(text),), on_error="skip"))
+    said: list[str] = []
+    metadata = prepare(PrepareConfig(str(tmp_path / "out"), (str(text),), on_error="skip"), say=said.append)
+    assert said[0].startswith(f"skipped 1 bad records: {text}:301: not valid JSON")
     assert metadata.skipped == 1 and metadata.train.documents + metadata.held_out.documents == 300
 
 
