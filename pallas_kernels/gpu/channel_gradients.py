@@ -26,7 +26,6 @@ from pallas_kernels.gpu.gradient_parts import (
 )
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, iota, rows, split, tile
 
-STAGES = 1
 SMALLEST = 1e-30
 
 # Vectors of 64 that are stored by rows and loaded by columns (a warpgroup's own, or of F and of E).
@@ -64,7 +63,7 @@ def channel_gradients(
     Args:
       q, k: [B, T, H, K] bf16; T a multiple of 8, K 64 or 128.
       g, tokens, gate, lower_bound, normalize, scale: as for `channel_relations`.
-      values: do, dr, U and states, V a multiple of 64; dr in two terms.
+      values: do, dr, U and states, V a multiple of 64.
 
     Returns:
       dq, dk and the gradient of the log decay [B, T, HV, K] bf16, of each value head; dbeta
@@ -80,7 +79,7 @@ def channel_gradients(
 
     relations = tile((2, CHUNK, CHUNK), jnp.float16)  # F and E
     scratch: dict[str, Any] = dict(
-        part_tiles=part_tiles(K, stages=STAGES, terms=2),
+        part_tiles=part_tiles(K, stages=1, state_stages=2 if g.dtype.itemsize == 2 else 1),
         q_tile=plgpu.RefUnion(halves_of(jnp.bfloat16), halves_of(jnp.float16)),
         k_tile=plgpu.RefUnion(halves_of(jnp.bfloat16), halves_of(jnp.float16)),
         relation_tile=plgpu.RefUnion(relations, halves_of(g.dtype)),

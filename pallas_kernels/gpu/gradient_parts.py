@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
-from pallas_kernels.gpu.tiles import CHUNK, L, tile
+from pallas_kernels.gpu.tiles import CHUNK, tile
 
 MULTIPROCESSORS = 132
 HALF = 64  # channels of a warpgroup
@@ -24,7 +24,7 @@ class PartInputs(NamedTuple):
     """Arrays that parts are cut from, all bf16."""
 
     do: jax.Array  # [B, T, HV, V]
-    dr: jax.Array  # [terms, B, T, HV, V] of `recurrence_back.walk_back`
+    dr: jax.Array  # [B, T, HV, V] of `recurrence_back.walk_back`
     written: jax.Array  # [2, B, T, HV, V] of `recurrence.Kept`
     states: jax.Array  # [B, HV, NC, V, K] of `recurrence.Kept`
     dstates: jax.Array  # [B, HV, NC, V, K] of `walk_back`
@@ -34,11 +34,11 @@ class PartTiles(NamedTuple):
     """Shared memory of the ring."""
 
     left: Any  # dO and dR of each stage
-    low: Any  # dR's second term of each stage, then zeros; None where dR has one
     written: Any  # U's two terms of each stage
     state: Any
     dstate: Any
     loaded: Any
+    states_loaded: Any
     free: Any
 
 
@@ -52,17 +52,17 @@ class Sums(NamedTuple):
     related: list[jax.Array]  # [r, i] dO U^T and dR U^T: one of them in each of two warpgroups
 
 
-def part_tiles(K: int, *, stages: int, terms: int) -> PartTiles:
-    """The ring's scratch for `plgpu.kernel`."""
+def part_tiles(K: int, *, stages: int, state_stages: int) -> PartTiles:
+    """The ring's scratch for `plgpu.kernel`: parts in flight, and (as many or more) parts of the states."""
     warpgroups = K // HALF
     return PartTiles(
         left=tile((stages * 2, CHUNK, HALF), jnp.bfloat16),
-        low=tile((stages + 1, CHUNK, HALF), jnp.bfloat16) if terms == 2 else None,
         written=tile((stages * 2, CHUNK, HALF), jnp.bfloat16),
-        state=tile((stages, HALF, K), jnp.bfloat16),
-        dstate=tile((stages, HALF, K), jnp.bfloat16),
-        loaded=plgpu.Barrier(num_arrivals=5 + terms, num_barriers=stages),
-        free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        state=tile((state_stages, HALF, K), jnp.bfloat16),
+        dstate=tile((state_stages, HALF, K), jnp.bfloat16),
+        loaded=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        states_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=state_stages),
+        free=plgpu.Barrier(num_arrivals=warpgroups),
     )
 
 
@@ -83,6 +83,11 @@ class Parts:
     @property
     def stages(self) -> int:
         """Parts in flight."""
+        return self.tiles.left.shape[0] // 2
+
+    @property
+    def state_stages(self) -> int:
+        """Parts of the states in flight."""
         return self.tiles.state.shape[0]
 
     @property
@@ -114,71 +119,70 @@ class Parts:
         """Which of the related sums (0: dO U^T, 1: dR U^T) this warpgroup makes."""
         return [lax.axis_index("warpgroup")] if self.warpgroups == 2 else [0, 1]
 
-    def _load(self, t):  # part t % parts of chunk t // parts
-        refs, to = self.refs, self.tiles
-        b, h, c = self.place(lax.div(t, self.parts))
-        slot = lax.rem(t, self.stages)
-        here, part = pl.ds(c * CHUNK, CHUNK), pl.ds(lax.rem(t, self.parts) * HALF, HALF)
+    def _load(self, t):  # the values of part t % parts of chunk t // parts
+        refs, to, slot = self.refs, self.tiles, lax.rem(t, self.stages)
+        b, h, c, part = self._place_of_part(t)
+        here = pl.ds(c * CHUNK, CHUNK)
         bar = to.loaded.at[slot]
-        plgpu.copy_gmem_to_smem(refs.states.at[b, h, c, part], to.state.at[slot], bar)
-        plgpu.copy_gmem_to_smem(refs.dstates.at[b, h, c, part], to.dstate.at[slot], bar)
         plgpu.copy_gmem_to_smem(refs.do.at[b, here, h, part], to.left.at[2 * slot], bar)
-        plgpu.copy_gmem_to_smem(refs.dr.at[0, b, here, h, part], to.left.at[2 * slot + 1], bar)
-        if to.low is not None:
-            plgpu.copy_gmem_to_smem(refs.dr.at[1, b, here, h, part], to.low.at[slot], bar)
+        plgpu.copy_gmem_to_smem(refs.dr.at[b, here, h, part], to.left.at[2 * slot + 1], bar)
         for term in range(2):
             source = refs.written.at[term, b, here, h, part]
             plgpu.copy_gmem_to_smem(source, to.written.at[2 * slot + term], bar)
 
+    def _load_states(self, t):
+        slot = lax.rem(t, self.state_stages)
+        b, h, c, part = self._place_of_part(t)
+        bar = self.tiles.states_loaded.at[slot]
+        plgpu.copy_gmem_to_smem(self.refs.states.at[b, h, c, part], self.tiles.state.at[slot], bar)
+        plgpu.copy_gmem_to_smem(self.refs.dstates.at[b, h, c, part], self.tiles.dstate.at[slot], bar)
+
+    def _place_of_part(self, t):
+        b, h, c = self.place(lax.div(t, self.parts))
+        return b, h, c, pl.ds(lax.rem(t, self.parts) * HALF, HALF)
+
     def start(self):
         """Fills the ring; called once, by every warpgroup."""
-        if self.tiles.low is not None:
-            self.tiles.low[self.stages] = nothing().astype(jnp.bfloat16)
-            plgpu.commit_smem()
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _first():
-            @pl.loop(0, lax.min(self.stages, self.count * self.parts))
-            def _(t):
-                self._load(t)
+            for stages, load in ((self.stages, self._load), (self.state_stages, self._load_states)):
+                pl.loop(0, lax.min(stages, self.count * self.parts))(load)
 
     def sums(self, n) -> Sums:
         """The sums of the block's n-th chunk; called for every n in order, by every warpgroup."""
         wg, to = lax.axis_index("warpgroup"), self.tiles
         mine = pl.ds(wg * HALF, HALF)
+        total = self.count * self.parts
 
         def part(j):
             t = n * self.parts + j
-            slot = lax.rem(t, self.stages)
+            slot, state_slot = lax.rem(t, self.stages), lax.rem(t, self.state_stages)
+            plgpu.barrier_wait(to.states_loaded.at[state_slot])
             plgpu.barrier_wait(to.loaded.at[slot])
             do, dr = to.left.at[2 * slot], to.left.at[2 * slot + 1]
-            high, low = to.written.at[2 * slot], to.written.at[2 * slot + 1]
-            state, dstate = to.state.at[slot, :, mine], to.dstate.at[slot, :, mine]
-            drs = [dr] if to.low is None else [dr, to.low.at[slot]]
-
-            def related(i):
-                left = to.left.at[2 * slot + i]
-                pairs = [(left, high.transpose((1, 0))), (left, low.transpose((1, 0)))]
-                if to.low is not None and (self.warpgroups == 2 or i == 1):
-                    at = slot if self.warpgroups == 1 else jnp.where(wg == 0, self.stages, slot)
-                    pairs.append((to.low.at[at], high.transpose((1, 0))))
-                return pairs
+            terms = [to.written.at[2 * slot], to.written.at[2 * slot + 1]]
+            state, dstate = to.state.at[state_slot, :, mine], to.dstate.at[state_slot, :, mine]
 
             def refill():
-                @pl.when(t + self.stages < self.count * self.parts)
+                @pl.when(t + self.stages < total)
                 def _used():
-                    plgpu.barrier_arrive(to.free.at[slot])
+                    plgpu.barrier_arrive(to.free)
 
                     @pl.when(wg == 0)
                     def _next_part():
-                        plgpu.barrier_wait(to.free.at[slot])
+                        plgpu.barrier_wait(to.free)
                         self._load(t + self.stages)
+
+                        @pl.when(t + self.state_stages < total)
+                        def _next_states():
+                            self._load_states(t + self.state_stages)
 
             pairs = [
                 [(do, state)],
-                [(x, state) for x in drs],
-                [(high, dstate), (low, dstate)],
-                *[related(i) for i in self.relations],
+                [(dr, state)],
+                [(u, dstate) for u in terms],
+                *[[(to.left.at[2 * slot + i], u.transpose((1, 0))) for u in terms] for i in self.relations],
             ]
             if self.gated:
                 pairs.append([(state.transpose((1, 0)), dstate)])
@@ -193,8 +197,3 @@ def num_chunks(states) -> int:
     """Chunks of all heads, of states [B, HV, NC, ...]."""
     B, HV, NC = states.shape[:3]
     return B * HV * NC
-
-
-def nothing() -> jax.Array:
-    """[64, 64] float32 zeros in registers."""
-    return plgpu.layout_cast(jnp.zeros((CHUNK, HALF), jnp.float32), L)

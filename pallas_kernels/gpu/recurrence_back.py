@@ -36,12 +36,11 @@ def walk_back(
       chunks: as for `recurrence.walk`.
       do: [B, T, HV, V] bf16, the gradient of o.
       dfinal: [B, HV, V, K] float32, the transposed gradient of the final state.
-      gated: whether there is a decay; its gradient needs dR in two terms.
+      gated: whether there is a decay.
       plan: the layout, as for `recurrence.walk`.
 
     Returns:
-      dR [2, B, T, HV, V] bf16 as the sum of two terms ([1, ...] without a decay); the values' gradient
-      ``n beta dR`` [B, T, HV, V] bf16;
+      dR and the values' gradient ``n beta dR`` [B, T, HV, V] bf16;
       the transposed gradients of the states that leave the chunks [B, HV, NC, V, K] bf16 and, float32, of the
       initial state [B, HV, V, K].
     """
@@ -78,11 +77,10 @@ def _call(chunks, do, state, gated, plan, *, outputs):
     if outputs:
         scratch["out_tile"] = plgpu.RefUnion(
             tile((warpgroups, WIDTH, K), jnp.bfloat16),
-            tile((1 + gated, warpgroups, CHUNK, WIDTH), jnp.bfloat16),
+            tile((2, warpgroups, CHUNK, WIDTH), jnp.bfloat16),
         )
-        scratch["dv_tile"] = tile((warpgroups, CHUNK, WIDTH), jnp.bfloat16)
-        dr, dv = (jax.ShapeDtypeStruct((*lead, *do.shape), jnp.bfloat16) for lead in ((1 + gated,), ()))
-        results = (dr, dv, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
+        values = jax.ShapeDtypeStruct(do.shape, jnp.bfloat16)
+        results = (values, values, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
     kernel = plgpu.kernel(
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
         out_type=results,
@@ -117,10 +115,9 @@ def _body(
     key_tile=None,
     decay_tile=None,
     out_tile: Any = (None, None),
-    dv_tile=None,
 ):
     *out_refs, first_ref = refs
-    state_tile, dr_tile = out_tile
+    state_tile, values_tile = out_tile
     h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
     num_runs = first_ref.shape[1]
     b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
@@ -244,15 +241,12 @@ def _body(
                 dr, dvalues = dr * rows(unit, square), dvalues * rows(unit, square)
             if not channel:
                 dvalues = dvalues * by_token(KEY)
-            dv_tile.at[wg].transpose((1, 0))[...] = dvalues.astype(jnp.bfloat16)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dR lies where the state did
-            terms = split(dr, jnp.bfloat16)[: 1 + gated]
-            for j, term in enumerate(terms):
-                dr_tile.at[j, wg].transpose((1, 0))[...] = term
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # they lie where the state did
+            for j, x in enumerate((dr, dvalues)):
+                values_tile.at[j, wg].transpose((1, 0))[...] = x.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            for j in range(len(terms)):
-                plgpu.copy_smem_to_gmem(dr_tile.at[j, wg], out_refs[0].at[j, b, here, h, mine])
-            plgpu.copy_smem_to_gmem(dv_tile.at[wg], out_refs[1].at[b, here, h, mine])
+            for j in range(2):
+                plgpu.copy_smem_to_gmem(values_tile.at[j, wg], out_refs[j].at[b, here, h, mine])
 
         @pl.when(i + stages < count)  # somebody will wait
         def _free():

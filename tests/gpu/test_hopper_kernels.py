@@ -91,10 +91,10 @@ GRADIENTS = [
     cases.Case("head", T=130, K=128, V=64, H=1, HV=2, decay="softplus"),
     cases.Case("head", T=65, K=64, V=64, decay="strong"),
     cases.Case("channel", T=130, K=128, V=64, H=1, HV=2, decay="softplus", segments="packed"),
-    cases.Case("channel", T=130, K=64, V=128, decay="bounded"),
+    cases.Case("channel", T=130, K=64, V=128, H=1, HV=2, decay="bounded"),
     cases.Case("channel", T=130, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False),
     cases.Case("channel", T=65, K=64, V=64, decay="slow"),
-    cases.Case("channel", T=130, K=64, V=64, decay="half50", beta_max=2.0),
+    cases.Case("channel", T=130, K=64, V=64, decay="half50", beta_max=2.0, initial=False),
 ]
 
 
