@@ -24,7 +24,7 @@ from pallas_kernels.gpu.gradient_parts import (
     num_chunks,
     part_tiles,
 )
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, iota, rows, split, tile
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, cut, iota, rows, tile
 
 SMALLEST = 1e-30
 
@@ -42,6 +42,7 @@ def channel_gradients(
     values: PartInputs,
     *,
     lower_bound: float | None,
+    all_present: bool,
     normalize: bool,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -62,7 +63,7 @@ def channel_gradients(
 
     Args:
       q, k: [B, T, H, K] bf16; T a multiple of 8, K 64 or 128.
-      g, tokens, gate, lower_bound, normalize, scale: as for `channel_relations`.
+      g, tokens, gate, lower_bound, all_present, normalize, scale: as for `channel_relations`.
       values: do, dr, U and states, V a multiple of 64.
 
     Returns:
@@ -96,7 +97,14 @@ def channel_gradients(
         scratch["gate_tile"] = plgpu.SMEM((2, K), jnp.float32)
         scratch["gate_loaded"] = plgpu.Barrier()
     kernel = plgpu.kernel(
-        partial(_body, group=HV // H, lower_bound=lower_bound, normalize=normalize, scale=scale),
+        partial(
+            _body,
+            group=HV // H,
+            lower_bound=lower_bound,
+            all_present=all_present,
+            normalize=normalize,
+            scale=scale,
+        ),
         out_type=(grads, grads, grads, jax.ShapeDtypeStruct((B, HV, NC, CHUNK), jnp.float32)),
         scratch_types=scratch,
         grid=(min(MULTIPROCESSORS, num_chunks(values.states)),),
@@ -104,7 +112,7 @@ def channel_gradients(
         num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name="channel_gradients",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return kernel(q, k, g, tokens, gate, values)
 
@@ -135,6 +143,7 @@ def _body(
     met,
     group,
     lower_bound,
+    all_present,
     normalize,
     scale,
     gate_tile=None,
@@ -183,7 +192,7 @@ def _body(
     def stage(x):
         """x [64, 64] in two bf16 terms."""
         plgpu.commit_smem()  # all warps are done with what lay there
-        for i, term in enumerate(split(x, jnp.bfloat16)):
+        for i, term in enumerate(cut(x)):
             wide_tile[i][wg] = term
         plgpu.commit_smem()
         return [wide_tile[i].at[wg] for i in range(2)]
@@ -209,14 +218,11 @@ def _body(
             plgpu.barrier_wait(gate_loaded)
         plgpu.barrier_wait(chunk_loaded)
 
-        # G to base 2, from the chunk's start; three bf16 terms make a float32.
-        kind = rows(plgpu.load(token_tile.at[1], layout=ROW), square)
+        # G to base 2, from the chunk's start. What bf16's 16 bits of a large g miss does no harm: no two
+        # tokens with such a decay between them matter to each other.
+        kind = None if all_present else rows(plgpu.load(token_tile.at[1], layout=ROW), square)
         g = token_decays(g_tile.at[wg], gate_tile, mine, kind, lower_bound=lower_bound)
-        terms = stage(g)
-        rest = g - sum(term.astype(jnp.float32) for term in split(g, jnp.bfloat16))
-        G = tiles.product(HALF, *[(sum_tile, term) for term in terms])
-        terms = stage(rest)
-        rowwise.scatter(G_mine, line, tiles.add_products((G, [(sum_tile, terms[0])]))[0])
+        rowwise.scatter(G_mine, line, tiles.product(HALF, *[(sum_tile, term) for term in stage(g)]))
 
         x, y = plgpu.load(q_raw.at[wg], layout=L), plgpu.load(k_raw.at[wg], layout=L)
         sums_tile[wg, 0] = jnp.square(x.astype(jnp.float32)).sum(axis=1)
@@ -283,17 +289,19 @@ def _body(
             x, y, z = gradients
             level = 5 - i
             factor = across_border(G_mine, line, lax.shift_left(1, level)).astype(jnp.float16)
-            odd = rows((lax.shift_right_logical(line, level) & 1), square) == 1
+            odd = (lax.shift_right_logical(line, level) & 1).astype(jnp.float32)
             kf = plgpu.load(k, layout=L) * factor
             qf = plgpu.load(q, layout=L) * factor
             plgpu.commit_smem()  # all warps are done with the level before
-            level_tile[0][wg] = jnp.where(odd, qf, kf)
+            level_tile[0][wg] = qf * rows(odd.astype(jnp.float16), square) + kf * rows(
+                (1 - odd).astype(jnp.float16), square
+            )
             level_tile[1][wg] = kf
             plgpu.commit_smem()
             of_level = last - (CHUNK - 1) + level
             whole = [plgpu.load(relation_tile.at[j], layout=L) for j in range(2)]
             of_f, of_e = rowwise.pick_level(whole, of_level)
-            reads = jnp.where(odd, factor, 0.0).astype(jnp.float32)
+            reads = factor.astype(jnp.float32) * rows(odd, square)
             stores = factor.astype(jnp.float32) - reads
             f = tiles.product(HALF, (of_f, level_tile[0].at[wg]))  # one after the other: registers are short
             x, z = x + reads * f, z + stores * f

@@ -116,7 +116,7 @@ def channel_relations(
         grid=(NC, HV, B),
         grid_names=("chunk", "head", "batch"),
         kernel_name="channel_relations",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     queries, reads, keys, solve, p, decay = kernel(q, k, g, tokens, *(() if gate is None else (gate,)))
     return queries, reads, keys, solve, p, decay.reshape(B, HV, NC, K)
@@ -214,6 +214,7 @@ def _body(
         size = lax.shift_left(1, s)
         factors = [across_border(G_of(half), line, size).astype(jnp.float16) for half in range(halves)]
         kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
+        plgpu.commit_smem()  # all warps are done with the level before
         for half in range(halves):
             x_tile[half][...] = kf[half]
         plgpu.commit_smem()
@@ -227,6 +228,7 @@ def _body(
 
     n_column = columns(plgpu.load(norm_tile, layout=COLUMN), square)
     qk = jnp.where(row == column, rows(total(own_sums), square), qk) * rows(m, square) * n_column
+    plgpu.commit_smem()
     x_tile[-1][...] = jnp.where(column <= row, qk, 0.0).astype(jnp.float16)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_tile[-1], p_ref.at[b, h, c])
@@ -235,9 +237,11 @@ def _body(
     a = jnp.where(column < row, kk * rows(n, square) * n_column, 0.0)
     relation_tile[...] = a.astype(jnp.float16)
     x = unit_lower_inverse(a * rows(beta, square), y_tile, x_tile[0])
+    plgpu.commit_smem()
     x_tile[0][...] = x.astype(jnp.float16)
     plgpu.commit_smem()
     solve = tiles.product(CHUNK, (relation_tile, x_tile[0]))
+    plgpu.commit_smem()
     x_tile[0][...] = jnp.where(column < row, -solve, 0.0).astype(jnp.float16)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_tile[0], solve_ref.at[b, h, c])

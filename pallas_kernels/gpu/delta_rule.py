@@ -150,7 +150,6 @@ def channel_forward(
     Returns:
       as `head_forward`.
     """
-    all_present = kind is None and beta.shape[1] % CHUNK == 0
     tokens = tokens_of(beta, kind)
     queries, reads, keys, solve, p, decay = channel_relations(
         q,
@@ -159,7 +158,7 @@ def channel_forward(
         tokens,
         gate,
         lower_bound=lower_bound,
-        all_present=all_present,
+        all_present=all_present(beta, kind),
         normalize=normalize,
         scale=scale,
     )
@@ -206,10 +205,16 @@ def channel_backward(
         gate,
         values,
         lower_bound=lower_bound,
+        all_present=all_present(beta, kind),
         normalize=normalize,
         scale=scale,
     )
     return over_group(dq, q), over_group(dk, k), dv, by_token(dbeta), dg, dinitial
+
+
+def all_present(beta: jax.Array, kind: jax.Array | None) -> bool:
+    """Whether there is neither padding nor a reset, nor an end inside of a chunk."""
+    return kind is None and beta.shape[1] % CHUNK == 0
 
 
 def tokens_of(beta: jax.Array, kind: jax.Array | None) -> jax.Array:

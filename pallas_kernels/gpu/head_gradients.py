@@ -18,7 +18,7 @@ from pallas_kernels.gpu.gradient_parts import (
     part_tiles,
 )
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, NUM_FACTORS, OUT, QUERY, READ, SUM
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, iota, rows, split, tile
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, cut, iota, rows, tile
 
 STAGES = 2
 
@@ -89,7 +89,7 @@ def head_gradients(
         num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name="head_gradients",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     dq, dk, small = kernel(q, k, factors, values)
     return dq, dk, small[..., 0, :], small[..., 1, :]
@@ -183,7 +183,7 @@ def _body(
                 r = r * jnp.exp(jnp.minimum(rows(by_token(SUM), square) - by_column(1), 0.0))
 
             def store(to, x):
-                to[0][...], to[1][...] = split(x, jnp.bfloat16)
+                to[0][...], to[1][...] = cut(x)
 
             @pl.when(i == 0)
             def _f(r=r):

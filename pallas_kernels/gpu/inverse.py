@@ -20,13 +20,14 @@ def unit_lower_inverse(a: jax.Array, a_tile, x_tile) -> jax.Array:
       a_tile, x_tile: [64, 64] float16 shared-memory tiles for scratch.
 
     Returns:
-      [64, 64] float32 in registers.
+      [64, 64] float32 in registers; some warps may still read the tiles.
     """
     a_tile[...] = a.astype(jnp.float16)
     meet = iota(0) ^ iota(1)  # 2^s <= meet < 2^(s+1): the tokens meet when blocks of 2^s double
     x = jnp.where(meet == 1, -a, jnp.where(meet == 0, 1.0, 0.0))
     for s in range(1, 6):
         high = x.astype(jnp.float16)
+        plgpu.commit_smem()  # all warps are done with x_tile
         x_tile[...] = high
         plgpu.commit_smem()
         xa = tiles.product(64, (high, a_tile))

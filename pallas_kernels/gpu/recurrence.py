@@ -165,7 +165,8 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
         num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name="delta_walk" if outputs else "delta_runs",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Staging outputs already keeps the warps together: `commit_smem` and `wait_smem_to_gmem`.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=outputs),
     )
     return kernel(chunks, v, state)
 

@@ -90,7 +90,8 @@ def _call(chunks, do, state, gated, plan, *, outputs):
         num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name="delta_walk_back" if outputs else "delta_runs_back",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Staging outputs already keeps the warps together: `commit_smem` and `wait_smem_to_gmem`.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=outputs),
     )
     return kernel(chunks, do, state)
 

@@ -67,7 +67,7 @@ def head_relations(
         grid=(NC, HV, B),
         grid_names=("chunk", "head", "batch"),
         kernel_name="head_relations",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     return kernel(q, k, tokens)
 
@@ -156,7 +156,9 @@ def _body(
 
     a = jnp.where(column < row, relation(k_tile) * rows(n, square) * n_column(), 0.0)
     relation_tile[...] = a.astype(jnp.float16)
-    x_tile[...] = unit_lower_inverse(a * rows(beta, square), a_tile, x_tile).astype(jnp.float16)
+    x = unit_lower_inverse(a * rows(beta, square), a_tile, x_tile)
+    plgpu.commit_smem()
+    x_tile[...] = x.astype(jnp.float16)
     plgpu.commit_smem()
     solve = tiles.product(CHUNK, (relation_tile, x_tile)) * rows(-n, square) / n_column()
     t_tile[...] = jnp.where(column < row, solve, 0.0).astype(t_tile.dtype)

@@ -88,32 +88,59 @@ def keep_level(x: jax.Array, s: int) -> jax.Array:
 
 
 def pick_level(xs: list[jax.Array], level: jax.Array) -> tuple[jax.Array, ...]:
-    """`keep_level` of several arrays, with s of a traced level: ``level`` is s for every row, [64] int32."""
+    """`keep_level` of several arrays, with a traced s of 0..5: ``level`` is s for every row, [64] int32.
 
+    From s = 3 on whole registers stay or go, by the distance ``y ^ j`` of their 8 rows and 8 columns; below,
+    those with ``y = j`` stay, in part: the same part of each.
+    """
     shape = plgpu.ShapeDtypeStruct((64, 64), jnp.float16, layout=L)
 
     @plgpu.inline_mgpu(arg_types=(ROW, *[L] * len(xs)), return_type=(shape,) * len(xs))
     def pick(ctx, level, *xs):
         del ctx
         i32 = ir.IntegerType.get_signless(32)
-        thread = arith.andi(utils.thread_idx(), utils.c(127, i32))
-        line = arith.addi(
-            arith.shli(arith.shrui(thread, utils.c(5, i32)), utils.c(4, i32)),
-            arith.shrui(arith.andi(thread, utils.c(31, i32)), utils.c(2, i32)),
+
+        def c(value):
+            return utils.c(value, i32)
+
+        def equal(x, y):
+            return arith.cmpi(arith.CmpIPredicate.eq, x, y)
+
+        thread = arith.andi(utils.thread_idx(), c(127))
+        warp, lane = arith.shrui(thread, c(5)), arith.andi(thread, c(31))
+        s = _scalar(level.registers.flat[0])
+        fine = arith.cmpi(arith.CmpIPredicate.ult, s, c(3))
+        # Distances that stay, one bit each: {0}, or 2^(s-3) up to 2^(s-2).
+        ones = arith.shli(c(1), arith.shli(c(1), arith.subi(s, c(3))))  # 2^(2^(s-3))
+        distances = arith.muli(arith.subi(ones, c(1)), ones)
+        distances = arith.select(fine, c(1), distances)
+        # By columns j of row block 2 warp: distances whose bits trade places as in j ^ 2 warp.
+        for bit, low in ((1, 0x33), (2, 0x0F)):
+            swap = arith.andi(arith.shrui(warp, c(bit - 1)), c(1))
+            shift = c(2 << (bit - 1))
+            moved = arith.ori(
+                arith.shli(arith.andi(distances, c(low)), shift),
+                arith.andi(arith.shrui(distances, shift), c(low)),
+            )
+            distances = arith.select(equal(swap, c(1)), moved, distances)
+        next_row = arith.ori(
+            arith.shli(arith.andi(distances, c(0x55)), c(1)),
+            arith.andi(arith.shrui(distances, c(1)), c(0x55)),
         )
-        first = arith.shli(arith.andi(thread, utils.c(3, i32)), utils.c(1, i32))
-        s, one, nothing = _scalar(level.registers.flat[0]), utils.c(1, i32), utils.c(0, i32)
+
+        # Which of a register's two numbers, where blocks of 8 meet themselves.
+        line = arith.shrui(lane, c(2))
+        meet = arith.xori(line, arith.shli(arith.andi(lane, c(3)), c(1)))
+        low = arith.select(equal(arith.shrui(meet, s), c(1)), c(0xFFFF), c(0))
+        odd = arith.shrui(arith.xori(meet, c(1)), s)
+        high = arith.select(equal(odd, c(1)), c(0xFFFF0000 - (1 << 32)), c(0))
+        part = arith.select(fine, arith.ori(low, high), c(-1))
+
         picked = [x.registers.copy() for x in xs]
-
-        def half(meet, bits):
-            here = arith.cmpi(arith.CmpIPredicate.eq, arith.shrui(meet, s), one)
-            return arith.select(here, utils.c(bits, i32), nothing)
-
         for at in np.ndindex(picked[0].shape):
-            row = arith.addi(line, utils.c(8 * at[4], i32))
-            meet = arith.xori(row, arith.addi(first, utils.c(8 * at[1], i32)))
-            # The register's two columns differ in their last bit.
-            mask = arith.ori(half(meet, 0xFFFF), half(arith.xori(meet, one), 0xFFFF0000 - (1 << 32)))
+            rows = (distances, next_row)[at[4]]
+            goes = equal(arith.andi(rows, c(1 << at[1])), c(0))
+            mask = arith.select(goes, c(0), part)
             for registers in picked:
                 bits = arith.andi(utils.bitcast(registers[at], i32), mask)
                 registers[at] = utils.bitcast(bits, registers[at].type)
