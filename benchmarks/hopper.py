@@ -150,6 +150,9 @@ def main(options: Options) -> int:
     if options.check:
         return 0 if check(options) else 1
     rows = []
+    print(
+        f"{card()}, jax {jax.__version__}, milliseconds; FLA and FlashKDA measured 2026-11-24 on an H100 80GB"
+    )
     for p in problems.PROBLEMS:
         if not options.selects(p):
             continue
@@ -174,21 +177,22 @@ def main(options: Options) -> int:
                 print(p)
                 print_profile(jax.jit(fn), xs, options.profile)
         rows.append(row)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
-    print(
-        f"{card()}, jax {jax.__version__}, milliseconds; FLA and FlashKDA measured 2026-11-24 on an H100 80GB"
-    )
-    for row in rows:
-        text = f"{row['problem']:24s}"
-        for name in ("fwd", "fwd_bwd"):
-            if name in row:
-                text += f"  {name} {row[name]:.3f} busy {row[name + '_busy']:.3f}"
-                text += f" ({row[name + '_temp_mib']:.0f} MiB)"
-        fla, fla_both, flash = (f"{x:.2f}" if x else "-" for x in row["rival"] or (None,) * 3)
-        print(text + f"  FLA {fla} / {fla_both}  FlashKDA {flash}")
+        print(line(row), flush=True)
+        if options.json:
+            with open(options.json, "w") as file:
+                json.dump(rows, file, indent=1)
     return 0
+
+
+def line(row: dict) -> str:
+    """A problem's row of the table."""
+    text = f"{row['problem']:24s}"
+    for name in ("fwd", "fwd_bwd"):
+        if name in row:
+            text += f"  {name} {row[name]:.3f} busy {row[name + '_busy']:.3f}"
+            text += f" ({row[name + '_temp_mib']:.0f} MiB)"
+    fla, fla_both, flash = (f"{x:.2f}" if x else "-" for x in row["rival"] or (None,) * 3)
+    return text + f"  FLA {fla} / {fla_both}  FlashKDA {flash}"
 
 
 if __name__ == "__main__":

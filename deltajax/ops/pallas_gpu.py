@@ -83,16 +83,12 @@ def backward(
     kept, rest = delta_rule.Kept(*saved[:2]), saved[2:]
     ddecay: tuple[Any, ...]
     if options.gate_kind == "channel":
-        x, kind, gate = decay
+        g, kind, gate = decay
         channel = delta_rule.ChannelSaved(kept, delta_rule.Chunks(*rest))
-        dq, dk, dv, dbeta, dg, dstate = delta_rule.channel_backward(
-            q, k, v, beta, x, kind, gate, do, dfinal, channel, **_common(options)
+        dq, dk, dv, dbeta, dg, dgate, dstate = delta_rule.channel_backward(
+            q, k, v, beta, g, kind, gate, do, dfinal, channel, **_common(options)
         )
-        activate = functools.partial(_channel_log_decay, kind=kind, lower_bound=options.lower_bound)
-        dx, dgate = jax.vjp(lambda x, gate: activate(x[:, :T], gate), x, gate)[1](
-            dg[:, :T].astype(jnp.float32)
-        )
-        ddecay = (dx, None if kind is None else jnp.zeros_like(kind), dgate)
+        ddecay = (dg.astype(g.dtype), None if kind is None else jnp.zeros_like(kind), dgate)
     else:
         gated = decay[0] is not None
         head = delta_rule.Saved(kept, *rest)
@@ -101,18 +97,6 @@ def backward(
         )
         ddecay = (None if dg is None else dg[:, :T],)
     return pull((dq, dk, dv, dbeta[:, :T], *ddecay, None if state is None else dstate))[0]
-
-
-def _channel_log_decay(
-    g: Array, gate: Array | None, *, kind: Array | None, lower_bound: float | None
-) -> Array:
-    """What `channel_relations` makes of its g, kind and gate: the log decay [B, T, HV, K] in float32."""
-    g = g.astype(jnp.float32)
-    if gate is not None:
-        rate, x = gate[:, 0], g + gate[:, 1]
-        g = -rate * jax.nn.softplus(x) if lower_bound is None else lower_bound * jax.nn.sigmoid(rate * x)
-    g = jnp.maximum(g, MIN_LOG_DECAY)
-    return g if kind is None else jnp.where(kind[..., None] == PRESENT, g, 0.0)
 
 
 def _backward_kernels(inputs: Inputs, options: Options) -> bool:

@@ -19,13 +19,44 @@ ABSENT, PRESENT, RESET = 0.0, 1.0, 2.0
 def log2_decay(x: jax.Array, rate: jax.Array, bias: jax.Array, lower_bound: float | None) -> jax.Array:
     """Log decay to base 2 [64, N] of the raw projection x [64, N]; rate and bias are [N]."""
     x = x + columns(bias, x.shape)
-    rate = columns(rate * -LOG2E, x.shape)
     if lower_bound is None:
-        small = jnp.exp2(jnp.minimum(x, -x) * LOG2E)  # softplus(x) = max(x, 0) + log(1 + small)
-        series = small * (1 - small * (0.5 - small * (1 / 3)))
-        return rate * (jnp.maximum(x, 0.0) + jnp.where(small < 0.01, series, jnp.log(1 + small)))
-    root = lax.rsqrt(1 + jnp.exp2(rate * x))  # cheaper than a division
-    return (lower_bound * LOG2E) * root * root
+        return columns(rate * -LOG2E, x.shape) * softplus(x)
+    return (lower_bound * LOG2E) * sigmoid(columns(rate, x.shape) * x)
+
+
+def softplus(x: jax.Array) -> jax.Array:
+    """log(1 + exp(x))."""
+    small = jnp.exp2(jnp.minimum(x, -x) * LOG2E)  # softplus(x) = max(x, 0) + log(1 + small)
+    series = small * (1 - small * (0.5 - small * (1 / 3)))
+    return jnp.maximum(x, 0.0) + jnp.where(small < 0.01, series, jnp.log(1 + small))
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    """1 / (1 + exp(-x))."""
+    root = lax.rsqrt(1 + jnp.exp2(x * -LOG2E))  # cheaper than a division
+    return root * root
+
+
+def pull_gate(
+    dg: jax.Array, x_ref, gate_ref, channels, *, lower_bound: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of a gate's raw projection x and, by token and channel, of A_log.
+
+    Args:
+      dg: [64, 64] float32, the log decay's gradient.
+      x_ref: [64, 64].
+      gate_ref: [2, K], rate = exp(A_log) and bias.
+      channels: which of K.
+      lower_bound: of the gate.
+    """
+    rate, bias = (columns(plgpu.load(gate_ref.at[i, channels], layout=COLUMN), dg.shape) for i in range(2))
+    x = plgpu.load(x_ref, layout=L).astype(jnp.float32) + bias
+    if lower_bound is None:  # g = -rate softplus(x)
+        dg = dg * -rate
+        return dg * sigmoid(x), dg * softplus(x)
+    s = sigmoid(rate * x)  # g = lower_bound s
+    dx = dg * lower_bound * rate * (s - s * s)
+    return dx, dx * x
 
 
 def token_decays(

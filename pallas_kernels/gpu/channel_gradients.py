@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import rowwise, tiles
-from pallas_kernels.gpu.channel_decay import across_border, token_decays, tokens_in_line
+from pallas_kernels.gpu.channel_decay import PRESENT, across_border, pull_gate, token_decays, tokens_in_line
 from pallas_kernels.gpu.gradient_parts import (
     HALF,
     MULTIPROCESSORS,
@@ -45,8 +45,8 @@ def channel_gradients(
     all_present: bool,
     normalize: bool,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k, the log decay and beta.
+) -> tuple[jax.Array, ...]:
+    """Gradients of q, k, g, beta and A_log.
 
     With n, m, G and f = exp(-|G_r - G_border|) of a level as in `channel_relations` (m with the scale), S the
     state that enters the chunk, dS the gradient of the one that leaves it, raw q and k:
@@ -67,13 +67,16 @@ def channel_gradients(
       values: do, dr, U and states, V a multiple of 64.
 
     Returns:
-      dq, dk and the gradient of the log decay [B, T, HV, K] bf16, of each value head; dbeta
-      [B, HV, NC, 64] float32.
+      dq, dk and dg [B, T, HV, K] bf16, of each value head; dbeta [B, HV, NC, 64] float32; with a gate A_log's
+      gradient in parts [B, HV, NC, K / 64, 64] float32.
     """
     B, T, H, K = q.shape
     HV, NC = tokens.shape[1:3]
     warpgroups = K // HALF
     grads = jax.ShapeDtypeStruct((B, T, HV, K), jnp.bfloat16)
+
+    per_token = jax.ShapeDtypeStruct((B, HV, NC, CHUNK), jnp.float32)
+    of_parts = jax.ShapeDtypeStruct((B, HV, NC, warpgroups, CHUNK), jnp.float32)
 
     def halves_of(dtype):
         return tile((warpgroups, CHUNK, HALF), dtype)
@@ -96,6 +99,7 @@ def channel_gradients(
     if gate is not None:
         scratch["gate_tile"] = plgpu.SMEM((2, K), jnp.float32)
         scratch["gate_loaded"] = plgpu.Barrier()
+        scratch["g_loaded"] = plgpu.Barrier(num_arrivals=warpgroups)
     kernel = plgpu.kernel(
         partial(
             _body,
@@ -105,7 +109,7 @@ def channel_gradients(
             normalize=normalize,
             scale=scale,
         ),
-        out_type=(grads, grads, grads, jax.ShapeDtypeStruct((B, HV, NC, CHUNK), jnp.float32)),
+        out_type=(grads, grads, grads, per_token, *[of_parts] * (gate is not None)),
         scratch_types=scratch,
         grid=(min(MULTIPROCESSORS, num_chunks(values.states)),),
         grid_names=("block",),
@@ -128,7 +132,7 @@ def _body(
     dk_ref,
     dg_ref,
     dbeta_ref,
-    *,
+    *dA_ref,
     part_tiles,
     q_tile,
     k_tile,
@@ -148,6 +152,7 @@ def _body(
     scale,
     gate_tile=None,
     gate_loaded=None,
+    g_loaded=None,
 ):
     wg = lax.axis_index("warpgroup")
     walk = Parts(values, part_tiles, True)
@@ -162,14 +167,20 @@ def _body(
     last = line | (CHUNK - 1)  # in a form that is not folded: inline code takes no constant
     G_mine = G_tile.at[:, mine]
 
+    def load_g(n, barrier):
+        b, h, c = walk.place(n)
+        for half in range(warpgroups):
+            source = g_ref.at[b, pl.ds(c * CHUNK, CHUNK), h, pl.ds(half * HALF, HALF)]
+            plgpu.copy_gmem_to_smem(source, g_tile.at[half], barrier)
+
     def load_chunk(n):
         b, h, c = walk.place(n)
         here = pl.ds(c * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile.at[pl.ds(0, 2)], chunk_loaded)
         plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c, 0], column_tile.at[BETA], chunk_loaded)
+        load_g(n, chunk_loaded)
         for half in range(warpgroups):
             channels = pl.ds(half * HALF, HALF)
-            plgpu.copy_gmem_to_smem(g_ref.at[b, here, h, channels], g_tile.at[half], chunk_loaded)
             for ref, to in ((q_ref, q_raw), (k_ref, k_raw)):
                 plgpu.copy_gmem_to_smem(ref.at[b, here, h // group, channels], to.at[half], chunk_loaded)
 
@@ -313,6 +324,8 @@ def _body(
         dG = load(q) * x + load(k) * (y - z)
         dg = tiles.product(HALF, *[(sum_tile.transpose((1, 0)), s) for s in stage(dG * rows(unit, square))])
         dg = dg + by_column(END + wg)
+        if kind is not None:
+            dg = jnp.where(kind == PRESENT, dg, 0.0)
 
         own = rows(plgpu.load(token_tile.at[OWN], layout=ROW), square)
         x = x * rows(unit, square) + own * load(k)
@@ -320,12 +333,23 @@ def _body(
         if normalize:
             sums_tile[wg, 0] = (load(q) * x).sum(axis=1)
             sums_tile[wg, 1] = (load(k) * w).sum(axis=1)
-            meet()
+        meet()
+        if gate_tile is not None:  # F and E are done with; g lay there
+
+            @pl.when(wg == 0)
+            def _again():
+                load_g(n, g_loaded)
+
+        if normalize:
             m = m_query * (1 / scale)
             x = x - load(q) * rows(m * m * summed(0), square)
             w = w - load(k) * rows(n_key * n_key * summed(1), square)
         plgpu.commit_smem()  # all warps are done with q, k and the staged sums
         q_raw[wg], k_raw[wg] = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+        if gate_tile is not None:
+            plgpu.barrier_wait(g_loaded)
+            dg, dA = pull_gate(dg, g_tile.at[wg], gate_tile, mine, lower_bound=lower_bound)
+            dA_ref[0].at[b, h, c, wg][...] = dA.sum(axis=1)
         wide_tile[0][wg] = dg.astype(jnp.bfloat16)
         plgpu.commit_smem()
         here = pl.ds(c * CHUNK, CHUNK)

@@ -182,7 +182,7 @@ def channel_backward(
     lower_bound: float | None,
     normalize: bool,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Gradients of `channel_forward`'s arguments.
 
     Args:
@@ -191,13 +191,13 @@ def channel_backward(
       saved: of `channel_forward`.
 
     Returns:
-      as `head_backward`; dg [B, T, HV, K] bf16 is that of the log decay, not of what the gate makes it of.
+      as `head_backward`, dg [B, T, HV, K] bf16; behind it the gradient of gate [HV, 2, K] float32 or None.
     """
     kept, chunks = saved
     layout = plan_back(v, q.shape[-1])
     dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, gated=True, plan=layout)
     values = PartInputs(do, dr, kept.written, kept.states, dstates)
-    dq, dk, dg, dbeta = channel_gradients(
+    dq, dk, dg, dbeta, *dA = channel_gradients(
         q,
         k,
         g,
@@ -209,7 +209,12 @@ def channel_backward(
         normalize=normalize,
         scale=scale,
     )
-    return over_group(dq, q), over_group(dk, k), dv, by_token(dbeta), dg, dinitial
+    dgate = None
+    if gate is not None:
+        drate = dA[0].sum(axis=(0, 2, 3, 4)) / gate[:, 0, 0]  # [HV], one rate for all of K
+        dbias = dg.astype(jnp.float32).sum(axis=(0, 1))  # [HV, K]
+        dgate = jnp.stack([jnp.zeros_like(dbias).at[:, 0].set(drate), dbias], axis=1)
+    return over_group(dq, q), over_group(dk, k), dv, by_token(dbeta), dg, dgate, dinitial
 
 
 def all_present(beta: jax.Array, kind: jax.Array | None) -> bool:
