@@ -20,8 +20,9 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-from benchmarks import tpu_aot
+from benchmarks import tpu_dump
 from benchmarks.tpu_schedule import Counts, Schedule
+from train import tpu_aot
 
 
 class Chip(NamedTuple):
@@ -274,7 +275,7 @@ def _worker(topology: str) -> None:
     jobs = [Job(**job) for job in json.load(sys.stdin)]
     with tempfile.TemporaryDirectory(prefix="tpu_report_") as folder:
         dump = pathlib.Path(folder)
-        tpu_aot.prepare(dump)
+        tpu_dump.prepare(dump)
         out = []
         with contextlib.redirect_stdout(sys.stderr):
             for job in jobs:

@@ -1,7 +1,6 @@
 """The ops compile for every TPU with their kernels in, and without copies or exchanges of activations."""
 
 import dataclasses
-import math
 import re
 
 import jax
@@ -10,15 +9,21 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import tpu_aot, tpu_train_step
 from deltajax.models import get_preset
 from deltajax.ops import dispatch
 from tests import cases
 from tests.cases import Case
+from tests.tpu.programs import exchanges, kernels, moves, operations
+from train import tpu_aot
+from train.config import OptimizerConfig
+from train.mesh import make_mesh
+from train.pod_step import compile_step
 
 pytestmark = pytest.mark.skipif(
     not tpu_aot.available(), reason="libtpu cannot be imported: uv run --with libtpu pytest"
 )
+# A small topology of each generation.
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 MIB = 2**20
 # Temporary memory at B 1, T 8192, H 32, K = V = 128 in bfloat16. tokamax's KDA takes 640 and 1790 MiB.
 FORWARD_TEMP, GRADIENT_TEMP = 64 * MIB, 300 * MIB
@@ -77,78 +82,13 @@ def compile_case(case: Case, mode: str, topology: str, dtype=jnp.bfloat16):
     return tpu_aot.compile_for(function(case, mode), (shapes(case, dtype),), topology)
 
 
-# A result's shapes and the operation that makes it.
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?P<type>\(.*?\)|\S+) (?P<operation>[\w\-]+)\(")
-
-
-def operations(text: str) -> list[tuple[str, int, str]]:
-    """(operation, elements of its largest result, line) of every instruction, inside fusions too."""
-    out = []
-    for line in text.splitlines():
-        found = INSTRUCTION.match(line)
-        if found:
-            sizes = [
-                math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", found["type"])
-            ]
-            out.append((found["operation"], max(sizes, default=1), line.strip()[:1500]))
-    return out
-
-
-def kernels(text: str) -> set[str]:
-    """Names of the Pallas kernels that a program calls."""
-    calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
-    return {name for name in KERNELS[GRADIENT] for line in calls if name in line}
-
-
-# To VMEM (S(1)) out of HBM, laid out as before: a kernel's one read of an operand, started early by XLA.
-PREFETCH = re.compile(r"= \((?P<shape>\w+\[[\d,]+\]\{[^{}]*)S\(1\)\}, (?P=shape)\}, \S+ copy-start\(")
-
-
-def moves(text: str, elements: int) -> list[str]:
-    """Copies and transposes of at least so many elements, but for prefetches."""
-    moving = ("copy", "copy-start", "transpose")
-    return [
-        line
-        for operation, size, line in operations(text)
-        if operation in moving and size >= elements and not PREFETCH.search(line)
-    ]
-
-
-COLLECTIVES = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
-
-
-def exchanges(text: str) -> list[str]:
-    """Collectives but for sums."""
-    return [
-        line for operation, _, line in operations(text) if operation.removesuffix("-start") in COLLECTIVES
-    ]
-
-
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def test_the_programs_are_read_as_written():
-    text = """
-  %copy.1 = bf16[1,8192,32,128]{3,2,1,0:T(8,128)(2,1)} copy(%p)
-  ROOT %t = (f32[8,4]{1,0}, u32[]) copy-start(f32[8,4] %x), metadata={op_name="copy(a)"}
-  %v = (f32[9,4]{1,0:T(8)S(1)}, f32[9,4]{1,0:T(8)}, u32[]{:S(2)}) copy-start(%f)
-  %w = (f32[9,4]{1,0:T(8)S(1)}, f32[9,4]{0,1:T(8)}, u32[]{:S(2)}) copy-start(%f)
-  %ag = bf16[64,8]{1,0} all-gather-start(%copy.1), dimensions={0}
-  %c = (bf16[2,2]{1,0}) custom-call(%a), custom_call_target="tpu_custom_call", op_name="delta_rule_forward"
-"""
-    assert [(o, n) for o, n, _ in operations(text)] == [
-        ("copy", 8192 * 32 * 128), ("copy-start", 32), ("copy-start", 36), ("copy-start", 36),
-        ("all-gather-start", 512), ("custom-call", 4)
-    ]  # fmt: skip
-    assert len(moves(text, 37)) == 1 and len(moves(text, 33)) == 2 and len(moves(text, 32)) == 3
-    assert len(exchanges(text)) == 1
-    assert kernels(text) == {"delta_rule_forward"}
-
-
 SMALL = [  # every generation sees every kind of gate in one of the two modes, and both modes
     (topology, kind, mode)
-    for i, topology in enumerate(tpu_aot.TOPOLOGIES)
+    for i, topology in enumerate(TOPOLOGIES)
     for j, kind in enumerate(KINDS)
     for mode in (FORWARD, GRADIENT)
 ]
@@ -336,12 +276,6 @@ def test_under_plain_jit_a_sharded_call_is_refused_and_not_gathered(kind):
 # Training
 
 
-def train_step(preset: str, topology: str, **options):
-    config = dataclasses.replace(get_preset(preset), remat="full")
-    wanted = tpu_train_step.Options(topology, preset, **options)
-    return tpu_train_step.report(tpu_train_step.compile_step(config, wanted), topology)
-
-
 @pytest.mark.parametrize(
     "preset, topology, fsdp, rows, seq_len",
     [
@@ -354,11 +288,12 @@ def train_step(preset: str, topology: str, **options):
     ],
 )
 def test_a_training_step_holds_the_kernels_and_fits(preset, topology, fsdp, rows, seq_len):
-    found = train_step(preset, topology, fsdp=fsdp, rows=rows, seq_len=seq_len)
+    config = dataclasses.replace(get_preset(preset), remat="full")
+    mesh = make_mesh(-1, fsdp, tpu_aot.devices_of(topology))
+    found = compile_step(config, OptimizerConfig(), mesh, batch=rows * mesh.size, seq_len=seq_len)
     assert set(found.kernels) == KERNELS[GRADIENT]
-    assert found.total < found.hbm
+    assert found.memory.over is None and found.memory.total < found.memory.hbm
     # q, k, v of one device's rows stay; what is exchanged are parameters, gradients and looked-up embeddings.
-    config = get_preset(preset)
     heads = config.num_heads * config.head_dim
     shape = re.compile(rf"\[(\d+,)?{rows},{seq_len},({config.num_heads},{config.head_dim}|{heads})\]")
     assert not [line for line in exchanges(found.text) if shape.search(line) and "jit(_take)" not in line]

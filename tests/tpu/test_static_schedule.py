@@ -9,7 +9,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from benchmarks import tpu_aot, tpu_report, tpu_static
+from benchmarks import tpu_dump, tpu_report, tpu_static
+from train import tpu_aot
 
 needs_libtpu = pytest.mark.skipif(
     not tpu_aot.available(), reason="libtpu cannot be imported: uv run --with libtpu pytest"
@@ -233,6 +234,6 @@ def test_libtpu_missing_is_said(monkeypatch):
 
 def test_flags_come_too_late(monkeypatch, tmp_path):
     monkeypatch.setattr(tpu_aot, "available", lambda: True)
-    monkeypatch.setattr(tpu_aot, "_loaded", lambda: True)
+    monkeypatch.setattr(tpu_dump, "_loaded", lambda: True)
     with pytest.raises(RuntimeError, match="new process"):
-        tpu_aot.prepare(tmp_path)
+        tpu_dump.prepare(tmp_path)
