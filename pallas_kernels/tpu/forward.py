@@ -1,11 +1,14 @@
 """The forward kernel: outputs and final state in one walk over the tokens.
 
-Grid (rows, blocks of heads, blocks of tokens + 1), the last axis in order. Step t prepares block t
-(relations, inverse) into scratch memory while the recurrence runs on block t - 1, so that the waits of the
-recurrence's dependent products are filled with independent work.
+Grid (rows, blocks of heads, blocks of tokens + 1), the last axis in order. Units go through three stages,
+a group of them behind the other: step t prepares block t (relations) group by group, beside each group it
+inverts the group before, at first the last one of block t - 1, and runs the recurrence on block t - 1. So
+each stage's waits for dependent products are filled with independent work. All that passes from stage to
+stage lies in scratch memory.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +20,13 @@ from pallas_kernels.tpu import chunk, tiles
 from pallas_kernels.tpu.chunk import LAST, REAL, SEEN, Refs, Scalars, Unit
 from pallas_kernels.tpu.config import Blocks, Config
 from pallas_kernels.tpu.dots import NN, NT, TN, dot, split
+from pallas_kernels.tpu.inverse import unit_lower_inverse
 from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units_of
-from pallas_kernels.tpu.relations import beside, diagonal, middle_block, stack
-from pallas_kernels.tpu.weave import Steps, in_turn, staggered, together, weave
+from pallas_kernels.tpu.relations import beside, diagonal, stack
+from pallas_kernels.tpu.weave import Steps, after, in_turn, together, weave
 
-# Steps of preparation for each step of the recurrence, so that both end together.
-RATIO = {"none": 4, "head": 6, "channel": 5}
-RATIO_BY_LEVELS = 8  # of an unbounded per-channel gate
+# Steps of preparations, and of inversions, for each step of a recurrence: the shortest schedules.
+RATIO = {"none": 3, "head": 8, "channel": 4}
 
 
 class Outputs(NamedTuple):
@@ -41,8 +44,10 @@ class Scratch(NamedTuple):
     reads: Any  # [units, n, 2C, K]: K exp(G) above Q exp(G)
     writes: Any  # [units, n, C, K]: K exp(G_C - G)
     p: Any  # [units, C, nC]: decayed Q K^T, i <= r
-    m: Any  # [units, C, nC]: T beta
+    a: Any  # [units, C, nC] float32: beta K K^T, decayed, i < r
+    T: Any  # [units, C, nC] float32: (I + A)^-1
     keep: Any  # [units, n, 1, K]: exp(G_C)
+    beta: Any  # [heads, tokens] float32, of the recurrence's block
 
 
 def state_factors(
@@ -85,6 +90,7 @@ def prepare(
     yield from chunk.solve(refs, s, heads, c, unit, blocks, config)
     factors = state_factors(unit, s, c, blocks, config)
     free(u)
+    scratch.a[u] = unit.kk * chunk.lane_columns(s.beta_columns, heads, c, config.chunk)
     for j, (reads, writes, keep) in enumerate(factors):
         scratch.reads[u, j] = reads.astype(scratch.reads.dtype)
         scratch.writes[u, j] = writes.astype(scratch.writes.dtype)
@@ -94,26 +100,34 @@ def prepare(
     yield
 
 
-def invert(
-    s: Scalars, u: int, c: int, heads: list[int], unit: Unit, scratch: Scratch, saved, config
-) -> Steps:
-    """Second stage: T beta into scratch."""
-    yield from chunk.invert(s, heads, c, unit, config)
-    if saved is not None:
-        saved.inverses[0, heads[0] // len(heads), c] = unit.T
-    scratch.m[u] = (unit.T * chunk.lane_rows(s.beta, heads, c, config.chunk)).astype(scratch.m.dtype)
+def invert(u: int, scratch: Scratch, inverted: set, config) -> Steps:
+    """Second stage: T into scratch; then adds u to ``inverted``."""
+    out: list[jax.Array] = []
+    yield from unit_lower_inverse(scratch.a[u], config.chunk, out)
+    scratch.T[u] = out[0]
+    inverted.add(u)
 
 
 def recur(
-    refs: Refs, o_ref, saved, u: int, c: int, heads: list[int], scratch: Scratch, blocks, config, real, done
+    refs: Refs,
+    o_ref,
+    saved,
+    beta: jax.Array,
+    u: int,
+    c: int,
+    heads: list[int],
+    scratch: Scratch,
+    blocks,
+    config,
+    real,
+    done,
 ) -> Steps:
-    """One unit's step of the recurrence: V' = T beta (V - K~ S), O = Q~ S + P V', S <- D S + Kbar^T V'."""
+    """One unit's step of the recurrence: V' = T beta (V - K~ S), O = Q~ S + P V', S <- D S + Kbar^T V'.
+
+    Calls ``done(u)`` after the last read of what `prepare` wrote.
+    """
     C, n = config.chunk, len(heads)
     reads = [scratch.reads[u, j] for j in range(n)]
-    writes = [scratch.writes[u, j] for j in range(n)]
-    keep = [scratch.keep[u, j] for j in range(n)]
-    p, m = scratch.p[u], scratch.m[u]
-    done(u)
     v = tiles.load(refs.v, c * C, C, heads, blocks.interpret)
     if real is not None:
         v = [jnp.where(real[c * C : (c + 1) * C], x, 0.0) for x in v]
@@ -124,8 +138,15 @@ def recur(
     read = [dot(r, state, NT, blocks.passes) for r, state in zip(reads, states, strict=True)]  # [2C, V]
     yield
     rest = [x - r[:C] for x, r in zip(v, read, strict=True)]  # V - K~ S
-    values = dot(m, diagonal(rest), NN, 3)  # V': [C, n V]
+    T = scratch.T[u]
+    if saved is not None:
+        saved.inverses[0, heads[0] // n, c] = T
+    values = dot(T * chunk.lane_rows(beta, heads, c, C), diagonal(rest), NN, 3)  # V': [C, n V]
     yield
+    writes = [scratch.writes[u, j] for j in range(n)]
+    keep = [scratch.keep[u, j] for j in range(n)]
+    p = scratch.p[u]
+    done(u)
     pieces = list(split(values)) if blocks.passes == 1 else [values]
     parts = [[x[:, j * blocks.V : (j + 1) * blocks.V] for j in range(n)] for x in pieces]
     o = dot(
@@ -150,6 +171,11 @@ def recur(
     yield
 
 
+def _groups(units: list, size: int) -> list[range]:
+    """Positions of the units, ``size`` together."""
+    return [range(len(units))[a : a + size] for a in range(0, len(units), size)]
+
+
 def _kernel(segments: Segments, refs: Refs, marks_ref, initial_ref, *results, blocks: Blocks, config: Config):
     out, scratch = Outputs(*results[:3]), Scratch(*results[3:])
     saved = out.saved
@@ -158,10 +184,8 @@ def _kernel(segments: Segments, refs: Refs, marks_ref, initial_ref, *results, bl
 
     @pl.when(step == 0)
     def _nothing_prepared():
-        for ref in (scratch.reads, scratch.writes, scratch.p, scratch.m):
+        for ref in scratch:
             ref[...] = jnp.zeros_like(ref)
-        scratch.keep[...] = jnp.ones_like(scratch.keep)
-        scratch.state[...] = jnp.zeros_like(scratch.state)
 
     @pl.when((step > 0) & (segments.first[row, behind] != 0))
     def _enter():
@@ -171,46 +195,54 @@ def _kernel(segments: Segments, refs: Refs, marks_ref, initial_ref, *results, bl
 
     units = units_of(blocks, config)
     s = chunk.scalars(refs, blocks, jnp.minimum(step, steps - 2), config)
-    ready: set[int] = set()
     real = None  # of the recurrence's block
     if marks_ref is not None:
         real = marks_ref[0, 0].T[:, REAL : REAL + 1] > 0
     elif blocks.ragged:
         real = jax.lax.broadcasted_iota(jnp.int32, (blocks.tokens, 1), 0) < blocks.T - behind * blocks.tokens
-    pairs = len(unit_heads(blocks))
-    recurrence = in_turn(
-        [
+    beta = scratch.beta[...]
+    scratch.beta[...] = s.beta
+    inverted: set[int] = set()
+    read: set[int] = set()  # whose scratch memory the recurrence needs no longer
+    ratio = RATIO[config.gate]
+    groups = _groups(units, blocks.together)
+    last = together([invert(u, scratch, inverted, config) for u in groups[-1]])  # of the block behind
+
+    def solved(positions: range) -> Callable[[], bool]:
+        return lambda: inverted.issuperset(set(positions).intersection(groups[-1]))
+
+    recurrences = [
+        after(
+            solved(heads_of_chunk),
+            last,
             together(
                 [
-                    recur(refs, out.o, saved, u, *units[u], scratch, blocks, config, real, ready.add)
-                    for u in range(a, a + pairs)
+                    recur(refs, out.o, saved, beta, u, *units[u], scratch, blocks, config, real, read.add)
+                    for u in heads_of_chunk
                 ]
-            )
-            for a in range(0, len(units), pairs)
-        ]
-    )
+            ),
+        )
+        for heads_of_chunk in _groups(units, len(unit_heads(blocks)))
+    ]
+    share = [-(-i * len(recurrences) // len(groups)) for i in range(len(groups) + 1)]
+    recurrence = in_turn(recurrences)
 
     def free(u):
-        while u not in ready:
+        while u not in read:
             next(recurrence)
 
-    parts = [Unit() for _ in units]
-    prepared = [
-        prepare(refs, s, u, c, heads, parts[u], scratch, blocks, config, free)
-        for u, (c, heads) in enumerate(units)
-    ]
-    inverted = [
-        invert(s, u, c, heads, parts[u], scratch, saved, config) for u, (c, heads) in enumerate(units)
-    ]
-    lockstep = blocks.together
-    preparation = staggered(
-        [
-            (together(prepared[a : a + lockstep]), together(inverted[a : a + lockstep]))
-            for a in range(0, len(units), lockstep)
-        ]
-    )
-    by_levels = config.gate == "channel" and middle_block(config) == 1
-    weave(preparation, recurrence, RATIO_BY_LEVELS if by_levels else RATIO[config.gate])
+    for i, group in enumerate(groups):
+        preparation = together(
+            [prepare(refs, s, u, *units[u], Unit(), scratch, blocks, config, free) for u in group]
+        )
+        inversion = (
+            last if i == 0 else together([invert(u, scratch, inverted, config) for u in groups[i - 1]])
+        )
+        walk = in_turn(recurrences[share[i] : share[i + 1]])
+        if len(groups) == 1:
+            weave([(preparation, ratio), (in_turn([last, walk]), ratio)])
+        else:
+            weave([(walk, 1), (inversion, ratio), (preparation, ratio)])
 
     @pl.when((step > 0) & (segments.last[row, behind] != 0))
     def _leave():
@@ -271,7 +303,7 @@ def forward(
             out_specs=Outputs(
                 layout.token_block(V, blocks.heads, behind),
                 state_block,
-                layout.saved_specs(behind, now) if save else None,
+                layout.saved_specs(behind, behind) if save else None,
             ),
             scratch_shapes=Scratch(
                 pltpu.VMEM((blocks.heads, V, K), jnp.float32),
@@ -279,7 +311,9 @@ def forward(
                 pltpu.VMEM((U, n, C, K), work),
                 pltpu.VMEM((U, C, n * C), work),
                 pltpu.VMEM((U, C, n * C), jnp.float32),
+                pltpu.VMEM((U, C, n * C), jnp.float32),
                 pltpu.VMEM((U, n, 1, K), jnp.float32),
+                pltpu.VMEM((blocks.heads, blocks.tokens), jnp.float32),
             ),
         ),
         out_shape=Outputs(

@@ -5,7 +5,7 @@ only after some 200 cycles. Work is therefore written as generators that yield b
 running several of them side by side fills one chain's waits with another's instructions.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 Steps = Generator[None, None, None]
 
@@ -41,11 +41,18 @@ def staggered(stages: Sequence[Sequence[Steps]]) -> Steps:
         yield from together([stages[slot - s][s] for s in range(depth) if 0 <= slot - s < len(stages)])
 
 
-def weave(first: Steps, second: Steps, ratio: int) -> None:
-    """Runs both to their ends, ``ratio`` steps of the first for one of the second."""
+def after(ready: Callable[[], bool], first: Steps, then: Steps) -> Steps:
+    """``then``, before which ``first`` is run until ``ready``."""
+    while not ready():
+        next(first, None)
+    yield from then
+
+
+def weave(streams: Sequence[tuple[Steps, int]]) -> None:
+    """Runs all to their ends, in turn so many steps of each."""
     alive = True
     while alive:
         alive = False
-        for _ in range(ratio):
-            alive = next(first, _END) is not _END
-        alive = (next(second, _END) is not _END) or alive
+        for stream, steps in streams:
+            for _ in range(steps):
+                alive = (next(stream, _END) is not _END) or alive
