@@ -83,7 +83,7 @@ def channel_gradients(
 
     relations = tile((2, CHUNK, CHUNK), jnp.float16)  # F and E
     scratch: dict[str, Any] = dict(
-        part_tiles=part_tiles(K, stages=1, state_stages=2 if g.dtype.itemsize == 2 else 1),
+        part_tiles=part_tiles(K, stages=1, state_stages=2 if g.dtype.itemsize == 2 else 1, terms=1),
         q_tile=plgpu.RefUnion(halves_of(jnp.bfloat16), halves_of(jnp.float16)),
         k_tile=plgpu.RefUnion(halves_of(jnp.bfloat16), halves_of(jnp.float16)),
         relation_tile=plgpu.RefUnion(relations, halves_of(g.dtype)),

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
-from pallas_kernels.gpu.tiles import CHUNK, tile
+from pallas_kernels.gpu.tiles import CHUNK, L, tile
 
 MULTIPROCESSORS = 132
 HALF = 64  # channels of a warpgroup
@@ -24,7 +24,7 @@ class PartInputs(NamedTuple):
     """Arrays that parts are cut from, all bf16."""
 
     do: jax.Array  # [B, T, HV, V]
-    dr: jax.Array  # [B, T, HV, V] of `recurrence_back.walk_back`
+    dr: jax.Array  # [terms, B, T, HV, V] of `recurrence_back.walk_back`
     written: jax.Array  # [2, B, T, HV, V] of `recurrence.Kept`
     states: jax.Array  # [B, HV, NC, V, K] of `recurrence.Kept`
     dstates: jax.Array  # [B, HV, NC, V, K] of `walk_back`
@@ -34,6 +34,7 @@ class PartTiles(NamedTuple):
     """Shared memory of the ring."""
 
     left: Any  # dO and dR of each stage
+    low: Any  # dR's second term of each stage, and a tile of zeros; None where dR has one term
     written: Any  # U's two terms of each stage
     state: Any
     dstate: Any
@@ -52,15 +53,16 @@ class Sums(NamedTuple):
     related: list[jax.Array]  # [r, i] dO U^T and dR U^T: one of them in each of two warpgroups
 
 
-def part_tiles(K: int, *, stages: int, state_stages: int) -> PartTiles:
+def part_tiles(K: int, *, stages: int, state_stages: int, terms: int) -> PartTiles:
     """The ring's scratch for `plgpu.kernel`: parts in flight, and (as many or more) parts of the states."""
     warpgroups = K // HALF
     return PartTiles(
         left=tile((stages * 2, CHUNK, HALF), jnp.bfloat16),
+        low=None if terms == 1 else tile((stages + 1, CHUNK, HALF), jnp.bfloat16),
         written=tile((stages * 2, CHUNK, HALF), jnp.bfloat16),
         state=tile((state_stages, HALF, K), jnp.bfloat16),
         dstate=tile((state_stages, HALF, K), jnp.bfloat16),
-        loaded=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        loaded=plgpu.Barrier(num_arrivals=3 + terms, num_barriers=stages),
         states_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=state_stages),
         free=plgpu.Barrier(num_arrivals=warpgroups),
     )
@@ -125,7 +127,9 @@ class Parts:
         here = pl.ds(c * CHUNK, CHUNK)
         bar = to.loaded.at[slot]
         plgpu.copy_gmem_to_smem(refs.do.at[b, here, h, part], to.left.at[2 * slot], bar)
-        plgpu.copy_gmem_to_smem(refs.dr.at[b, here, h, part], to.left.at[2 * slot + 1], bar)
+        plgpu.copy_gmem_to_smem(refs.dr.at[0, b, here, h, part], to.left.at[2 * slot + 1], bar)
+        if to.low is not None:
+            plgpu.copy_gmem_to_smem(refs.dr.at[1, b, here, h, part], to.low.at[slot], bar)
         for term in range(2):
             source = refs.written.at[term, b, here, h, part]
             plgpu.copy_gmem_to_smem(source, to.written.at[2 * slot + term], bar)
@@ -143,6 +147,10 @@ class Parts:
 
     def start(self):
         """Fills the ring; called once, by every warpgroup."""
+        if self.tiles.low is not None:
+            zeros = plgpu.layout_cast(jnp.zeros((CHUNK, HALF), jnp.bfloat16), L)
+            self.tiles.low[self.stages] = zeros
+            plgpu.commit_smem()
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _first():
@@ -160,9 +168,22 @@ class Parts:
             slot, state_slot = lax.rem(t, self.stages), lax.rem(t, self.state_stages)
             plgpu.barrier_wait(to.states_loaded.at[state_slot])
             plgpu.barrier_wait(to.loaded.at[slot])
-            do, dr = to.left.at[2 * slot], to.left.at[2 * slot + 1]
+            do, drs = to.left.at[2 * slot], [to.left.at[2 * slot + 1]]
+            if to.low is not None:
+                drs.append(to.low.at[slot])
             terms = [to.written.at[2 * slot], to.written.at[2 * slot + 1]]
             state, dstate = to.state.at[state_slot, :, mine], to.dstate.at[state_slot, :, mine]
+
+            def related(i):
+                pairs = [(to.left.at[2 * slot + i], u.transpose((1, 0))) for u in terms]
+                if (
+                    to.low is not None and self.warpgroups == 2
+                ):  # which one it makes is known at run time only
+                    low = to.low.at[jnp.where(i == 0, self.stages, slot)]
+                    pairs.append((low, terms[0].transpose((1, 0))))
+                elif to.low is not None and i == 1:
+                    pairs.append((to.low.at[slot], terms[0].transpose((1, 0))))
+                return pairs
 
             def refill():
                 @pl.when(t + self.stages < total)
@@ -180,9 +201,9 @@ class Parts:
 
             pairs = [
                 [(do, state)],
-                [(dr, state)],
+                [(dr, state) for dr in drs],
                 [(u, dstate) for u in terms],
-                *[[(to.left.at[2 * slot + i], u.transpose((1, 0))) for u in terms] for i in self.relations],
+                *[related(i) for i in self.relations],
             ]
             if self.gated:
                 pairs.append([(state.transpose((1, 0)), dstate)])

@@ -72,7 +72,7 @@ def head_gradients(
         partial(_body, group=HV // H, gated=gated, normalize=normalize, scale=scale),
         out_type=(grads, grads, jax.ShapeDtypeStruct((B, HV, NC, 2, CHUNK), jnp.float32)),
         scratch_types=dict(
-            part_tiles=part_tiles(K, stages=STAGES, state_stages=STAGES),
+            part_tiles=part_tiles(K, stages=STAGES, state_stages=STAGES, terms=values.dr.shape[0]),
             q_tile=tile((warpgroups, CHUNK, HALF), jnp.bfloat16),
             k_tile=tile((warpgroups, CHUNK, HALF), jnp.bfloat16),
             f_tile=[tile((CHUNK, CHUNK), jnp.bfloat16)] * 2,

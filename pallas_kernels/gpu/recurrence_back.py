@@ -40,9 +40,9 @@ def walk_back(
       plan: the layout, as for `recurrence.walk`.
 
     Returns:
-      dR and the values' gradient ``n beta dR`` [B, T, HV, V] bf16;
-      the transposed gradients of the states that leave the chunks [B, HV, NC, V, K] bf16 and, float32, of the
-      initial state [B, HV, V, K].
+      dR [terms, B, T, HV, V] bf16, the sum of two terms with a per-head decay (its gradient needs them); the
+      values' gradient ``n beta dR`` [B, T, HV, V] bf16; the transposed gradients of the states that leave the
+      chunks [B, HV, NC, V, K] bf16 and, float32, of the initial state [B, HV, V, K].
     """
     state = dfinal[:, None]
     if plan.runs > 1:
@@ -75,12 +75,13 @@ def _call(chunks, do, state, gated, plan, *, outputs):
     runs, rows_out = (plan.runs, V) if outputs else (plan.runs - 1, V + K)
     results: Any = jax.ShapeDtypeStruct((B, runs, HV, rows_out, K), jnp.float32)
     if outputs:
+        terms = 1 if channel or not gated else 2  # of dR
         scratch["out_tile"] = plgpu.RefUnion(
             tile((warpgroups, WIDTH, K), jnp.bfloat16),
-            tile((2, warpgroups, CHUNK, WIDTH), jnp.bfloat16),
+            tile((terms + 1, warpgroups, CHUNK, WIDTH), jnp.bfloat16),
         )
-        values = jax.ShapeDtypeStruct(do.shape, jnp.bfloat16)
-        results = (values, values, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
+        dr, dv = (jax.ShapeDtypeStruct((*lead, *do.shape), jnp.bfloat16) for lead in ((terms,), ()))
+        results = (dr, dv, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
     kernel = plgpu.kernel(
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
         out_type=results,
@@ -243,11 +244,14 @@ def _body(
             if not channel:
                 dvalues = dvalues * by_token(KEY)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # they lie where the state did
-            for j, x in enumerate((dr, dvalues)):
-                values_tile.at[j, wg].transpose((1, 0))[...] = x.astype(jnp.bfloat16)
+            dr_ref, dv_ref = out_refs[:2]
+            terms = split(dr, jnp.bfloat16)[: dr_ref.shape[0]]
+            for j, x in enumerate((dvalues.astype(jnp.bfloat16), *terms)):
+                values_tile.at[j, wg].transpose((1, 0))[...] = x
             plgpu.commit_smem()
-            for j in range(2):
-                plgpu.copy_smem_to_gmem(values_tile.at[j, wg], out_refs[j].at[b, here, h, mine])
+            plgpu.copy_smem_to_gmem(values_tile.at[0, wg], dv_ref.at[b, here, h, mine])
+            for j in range(len(terms)):
+                plgpu.copy_smem_to_gmem(values_tile.at[1 + j, wg], dr_ref.at[j, b, here, h, mine])
 
         @pl.when(i + stages < count)  # somebody will wait
         def _free():
