@@ -297,7 +297,7 @@ def _body(
         meet()
 
         def add_level(i, gradients):
-            x, y, z = gradients
+            x, w, dG = gradients
             level = 5 - i
             factor = across_border(G_mine, line, lax.shift_left(1, level)).astype(jnp.float16)
             odd = (lax.shift_right_logical(line, level) & 1).astype(jnp.float32)
@@ -312,16 +312,24 @@ def _body(
             of_level = last - (CHUNK - 1) + level
             whole = [plgpu.load(relation_tile.at[j], layout=L) for j in range(2)]
             of_f, of_e = rowwise.pick_level(whole, of_level)
-            reads = factor.astype(jnp.float32) * rows(odd, square)
-            stores = factor.astype(jnp.float32) - reads
-            f = tiles.product(HALF, (of_f, level_tile[0].at[wg]))  # one after the other: registers are short
-            x, z = x + reads * f, z + stores * f
+            both = factor.astype(jnp.float32)
+            reads = both * rows(odd, square)
+
+            def signed(i):  # what met F or E, negative where it is taken away
+                sign = rows((2 * odd - 1).astype(jnp.float16), square)
+                return (plgpu.load(level_tile[i].at[wg], layout=L) * sign).astype(jnp.float32)
+
+            # One after the other: registers are short. What a pair adds to dG of one token and takes from
+            # the other's has to be the same number: behind both, nothing of it may be left.
+            f = tiles.product(HALF, (of_f, level_tile[0].at[wg]))
+            x, w = x + reads * f, w + (both - reads) * f
+            dG = dG + signed(0) * f
             e = tiles.product(HALF, (of_e, level_tile[1].at[wg]))
-            return x, y + reads * e, z + stores * e
+            return x, w + both * e, dG + signed(1) * e
 
         scaled = rows(per_unit, square)
-        x, y, z = lax.fori_loop(0, 6, add_level, (x * scaled, y * scaled, z * scaled))
-        dG = load(q) * x + load(k) * (y - z)
+        x, y, z = x * scaled, y * scaled, z * scaled
+        x, w, dG = lax.fori_loop(0, 6, add_level, (x, y + z, load(q) * x + load(k) * (y - z)))
         dg = tiles.product(HALF, *[(sum_tile.transpose((1, 0)), s) for s in stage(dG * rows(unit, square))])
         dg = dg + by_column(END + wg)
         if kind is not None:
@@ -329,7 +337,7 @@ def _body(
 
         own = rows(plgpu.load(token_tile.at[OWN], layout=ROW), square)
         x = x * rows(unit, square) + own * load(k)
-        w = (y + z) * rows(unit, square) + own * load(q)
+        w = w * rows(unit, square) + own * load(q)
         if normalize:
             sums_tile[wg, 0] = (load(q) * x).sum(axis=1)
             sums_tile[wg, 1] = (load(k) * w).sum(axis=1)
