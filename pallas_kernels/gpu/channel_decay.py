@@ -83,15 +83,21 @@ def token_decays(
     return jnp.where(kind == PRESENT, g, jnp.where(kind == RESET, MIN_LOG_DECAY * LOG2E, 0.0))
 
 
-def border(line: jax.Array, size: jax.Array) -> jax.Array:
-    """The last token of the even one of two blocks of ``size`` tokens, for the tokens ``line`` [64]."""
-    return (line & ~(2 * size - 1)) + (size - 1)
+def across_border(sums_ref, line: jax.Array, level: jax.Array) -> jax.Array:
+    """``exp(-|G_r - G_border|)`` for every token r, [64, 64] float32.
 
-
-def across_border(sums_ref, line: jax.Array, size: jax.Array) -> jax.Array:
-    """``exp(-|G_r - G_border|)`` for every token r, [64, 64] float32, from sums to base 2 [64, >= 64]."""
-    across = rowwise.gather(sums_ref, line, HALF) - rowwise.gather(sums_ref, border(line, size), HALF)
-    return jnp.exp2(jnp.minimum(across, -across))
+    Args:
+      sums_ref: G to base 2, [64, >= 64].
+      line: 0..63.
+      level: s of blocks of 2^s tokens; the border is the last token of the even one of two blocks.
+    """
+    size = lax.shift_left(1, level)
+    border = (line & ~(2 * size - 1)) + (size - 1)
+    odd = lax.shift_right_logical(line, level) & 1
+    later = border + odd * (line - border)  # of the two; and the earlier one
+    return jnp.exp2(
+        rowwise.gather(sums_ref, later, HALF) - rowwise.gather(sums_ref, line + border - later, HALF)
+    )
 
 
 def tokens_in_line() -> jax.Array:

@@ -299,7 +299,7 @@ def _body(
         def add_level(i, gradients):
             x, w, dG = gradients
             level = 5 - i
-            factor = across_border(G_mine, line, lax.shift_left(1, level)).astype(jnp.float16)
+            factor = across_border(G_mine, line, level).astype(jnp.float16)
             odd = (lax.shift_right_logical(line, level) & 1).astype(jnp.float32)
             kf = plgpu.load(k, layout=L) * factor
             qf = plgpu.load(q, layout=L) * factor

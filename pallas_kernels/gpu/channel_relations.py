@@ -212,7 +212,7 @@ def _body(
     def relate(i, related):
         s = 5 - i  # finer levels overwrite what coarser ones leave near the diagonal
         size = lax.shift_left(1, s)
-        factors = [across_border(G_of(half), line, size).astype(jnp.float16) for half in range(halves)]
+        factors = [across_border(G_of(half), line, s).astype(jnp.float16) for half in range(halves)]
         kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
         plgpu.commit_smem()  # all warps are done with the level before
         for half in range(halves):
