@@ -1,0 +1,150 @@
+"""Compiles the Hopper kernels for a real H100 on a machine without one: registers, spills, ptxas' complaints.
+
+    uv run --with jax-cuda13-pjrt==0.11.2 --with nvidia-cuda-nvcc --with nvidia-nvvm \\
+        python -m benchmarks.hopper_compile
+
+The compiler inside JAX's CUDA plugin asks the driver which card there is and nothing else; a stand-in of
+libcuda, built here with cc, answers for an H100. Nothing runs: see `benchmarks.hopper` for that.
+"""
+
+import ctypes
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import tyro
+
+STAND_IN = r"""
+int cuInit(unsigned f) { return 0; }
+int cuDriverGetVersion(int *v) { *v = 13000; return 0; }
+int cuDeviceGetCount(int *n) { *n = 1; return 0; }
+int cuDeviceGet(int *d, int i) { *d = 0; return 0; }
+int cuCtxGetDevice(int *d) { *d = 0; return 0; }
+int cuCtxGetCurrent(void **c) { *c = (void *)1; return 0; }
+int cuDeviceGetAttribute(int *v, int a, int d) {
+  *v = a == 75 ? 9 : a == 76 ? 0 : a == 16 ? 132 : a == 97 ? 232448 : a == 81 ? 233472 : 1;
+  return 0;
+}
+int cuGetErrorName(int e, const char **s) { *s = "none"; return 0; }
+int cuGetErrorString(int e, const char **s) { *s = "none"; return 0; }
+"""
+
+MOST_SPILLED = 512  # bytes a thread
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compile."""
+
+    gate: tuple[str, ...] = ("none", "head", "channel")
+    """Gate kinds."""
+    sizes: tuple[tuple[int, int], ...] = ((128, 128), (64, 64))
+    """K, V of each."""
+    T: int = 2048
+    """Tokens; long enough sequences of few heads are walked in runs."""
+    check: bool = False
+    """Fail where a kernel spills more than a few registers or its products are serialised."""
+
+
+def modules(gate: str, K: int, V: int, T: int) -> list[bytes]:
+    """Every kernel of the op's forward and backward pass, as the compiler gets it."""
+    import jax
+    import jax.numpy as jnp
+
+    from deltajax.ops import dispatch
+    from tests import cases
+
+    dispatch.PALLAS = {"cuda": dispatch.PALLAS["cuda"]}
+    decay = {"none": "random", "head": "softplus", "channel": "bounded"}[gate]
+    case = cases.Case(gate, T=T, K=K, V=V, B=2, HV=2, decay=decay)
+    arrays = cases.arrays(case, jnp.dtype(jnp.bfloat16))
+    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
+    traced = jax.jit(lambda x: cases.outputs_and_gradients(case, x, "pallas")).trace(x)
+    program = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
+    return [
+        op.attributes["mhlo.backend_config"]["module"].value_bytes for op in custom_calls(program.operation)
+    ]
+
+
+def custom_calls(operation):
+    """The Mosaic kernels below an MLIR operation."""
+    for region in operation.regions:
+        for block in region:
+            for op in block:
+                if op.operation.name == "stablehlo.custom_call" and "mhlo.backend_config" in op.attributes:
+                    yield op
+                yield from custom_calls(op.operation)
+
+
+def compiler(folder: str):
+    """The plugin's compile function."""
+    source = Path(folder, "cuda.c")
+    source.write_text(STAND_IN)
+    stand_in = Path(folder, "libcuda.so.1")
+    command = ["cc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(stand_in), str(source)]
+    subprocess.run(command, check=True)
+    ctypes.CDLL(str(stand_in), mode=ctypes.RTLD_GLOBAL)
+    plugin = importlib.util.find_spec("jax_plugins.xla_cuda13")
+    if plugin is None or plugin.origin is None:
+        raise SystemExit("needs jax-cuda13-pjrt, nvidia-cuda-nvcc and nvidia-nvvm: see --help")
+    function = ctypes.CDLL(str(Path(plugin.origin).with_name("xla_cuda_plugin.so"))).MosaicGpuCompile
+    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
+    for place in sys.path:
+        if Path(place, "nvidia/cu13/bin/ptxas").exists():
+            os.environ["PATH"] = f"{Path(place, 'nvidia/cu13/bin')}:{os.environ['PATH']}"
+    return function
+
+
+def said(function, module: bytes) -> str:
+    """What ptxas says of a module. Its loading fails afterwards, for want of a driver."""
+    with tempfile.TemporaryFile() as file:
+        kept = [os.dup(1), os.dup(2)]
+        for target in (1, 2):
+            os.dup2(file.fileno(), target)
+        try:
+            function(module, len(module))
+        finally:
+            for target, fd in zip((1, 2), kept, strict=True):
+                os.dup2(fd, target)
+                os.close(fd)
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+def main(options: Options) -> int:
+    """Prints a line for each kernel."""
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        function = compiler(folder)
+        for gate in options.gate:
+            for K, V in options.sizes:
+                for module in modules(gate, K, V, options.T):
+                    text = said(function, module)
+                    name = re.search(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", text)
+                    found = re.search(
+                        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+)", text
+                    )
+                    if not name or not found:
+                        print(f"{gate} {K} x {V}: did not compile\n{text}")
+                        bad += 1
+                        continue
+                    stores, loads, registers = map(int, found.groups())
+                    serialised = "serialized" in text
+                    bad += stores > MOST_SPILLED or serialised
+                    print(
+                        f"{gate:8s} {K:3d} x {V:3d}  {name[1]:20s} {registers} registers, spilled "
+                        f"{stores} / {loads} B" + ", products serialised" * serialised,
+                        flush=True,
+                    )
+    return int(options.check and bad > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))
