@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deltajax.ops import chunked, gates, segments
-from deltajax.ops.problem import Inputs, Options
+from deltajax.ops.problem import Inputs, Options, vary_like
 from pallas_kernels.gpu import delta_rule
 from pallas_kernels.gpu.channel_decay import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
 from pallas_kernels.gpu.tiles import CHUNK
@@ -28,8 +28,6 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
         return "num_segments is not supported, only segment_ids that reset the state"
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size is {CHUNK}, got {options.chunk_size}"
-    if inputs.initial_state is not None and jax.typeof(inputs.q).manual_axis_type.varying:
-        return "initial_state is not supported inside shard_map"
     return _other_gpu()
 
 
@@ -62,7 +60,7 @@ def _run(inputs: Inputs, options: Options, *, keep: bool) -> tuple[Array, Array,
 
 def saving(inputs: Inputs, options: Options) -> tuple[Array, Array, tuple[Array, ...]]:
     """`forward`, and the arrays that `backward` reads: none where that is the chunked form."""
-    if not _backward_kernels(inputs, options):
+    if inputs.q.dtype != jnp.bfloat16:  # its backward pass is the chunked form
         return *forward(inputs, options), ()
     o, state, saved = _run(inputs, options, keep=True)
     return o, state, tuple(jax.tree.leaves(saved))
@@ -96,13 +94,8 @@ def backward(
             q, k, v, do, dfinal, head, gated=gated, **_common(options)
         )
         ddecay = (None if dg is None else dg[:, :T],)
-    return pull((dq, dk, dv, dbeta[:, :T], *ddecay, None if state is None else dstate))[0]
-
-
-def _backward_kernels(inputs: Inputs, options: Options) -> bool:
-    """Whether the kernels' backward pass takes this call; else its backward pass is the chunked form's."""
-    inside_shard_map = bool(jax.typeof(inputs.q).manual_axis_type.varying)  # as in `unsupported`
-    return inputs.q.dtype == jnp.bfloat16 and not inside_shard_map
+    dcall = (dq, dk, dv, dbeta[:, :T], *ddecay, None if state is None else dstate)
+    return pull(vary_like(dcall, call))[0]
 
 
 def _common(options: Options) -> dict[str, Any]:

@@ -63,12 +63,17 @@ def vary_alike(*arrays: Array | None) -> tuple[Any, ...]:
     Custom derivatives and loop carries want equal types; outside a shard_map nothing changes.
     """
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays if x is not None))
+    return tuple(None if x is None else _vary(jnp.asarray(x), axes) for x in arrays)
 
-    def cast(x):
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
-    return tuple(None if x is None else cast(jnp.asarray(x)) for x in arrays)
+def vary_like(tree: Any, like: Any) -> Any:
+    """A tree of arrays, each varying over the mesh axes that its counterpart in ``like`` varies over."""
+    return jax.tree.map(lambda x, y: _vary(x, jax.typeof(y).manual_axis_type.varying), tree, like)
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    missing = axes - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 def l2_normalize(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:

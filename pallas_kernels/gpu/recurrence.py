@@ -236,6 +236,7 @@ def _body(
 
     if state_ref is not None:
         S = plgpu.load(state_ref.at[b, run, h, mine], layout=L, optimized=False)
+        S = S * 1.0  # in a shard_map what is loaded varies over the mesh, unlike what the loop makes of it
     elif outputs:
         S = plgpu.layout_cast(jnp.zeros((WIDTH, K), jnp.float32), L)
     else:

@@ -163,6 +163,7 @@ def _body(
 
     if state_ref is not None:
         S = plgpu.load(state_ref.at[b, run, h, mine], layout=L, optimized=False)
+        S = S * 1.0  # in a shard_map what is loaded varies over the mesh, unlike what the loop makes of it
     else:
         row, column = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, K), axis, layout=L) for axis in (0, 1))
         S = jnp.where(column == row + (first_row - V), 1.0, 0.0)

@@ -167,6 +167,27 @@ def test_backward_lowers_for_cuda(case, runs, monkeypatch):
     assert ("delta_runs_back" in text) == runs
 
 
+@pytest.mark.parametrize("gate", cases.GATES)
+def test_lowers_inside_shard_map(gate, monkeypatch):
+    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
+    decay = "random" if gate == "none" else "softplus"
+    case = cases.Case(gate, T=2100, K=64, V=64, B=2, HV=2, decay=decay)  # in runs, from an initial state
+    arrays = cases.arrays(case, jnp.dtype(jnp.bfloat16))
+    x = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items() if n not in ("do", "dstate")}
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.P("data")
+    specs = {n: jax.P() if n in ("A_log", "dt_bias") else rows for n in x}
+    op = jax.shard_map(
+        lambda x: cases.call(case, x, "pallas"), mesh=mesh, in_specs=(specs,), out_specs=(rows, rows)
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        loss = lambda x: sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in op(x))  # noqa: E731
+        lowered = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert ("channel_gradients" if gate == "channel" else "head_gradients") in text
+    assert "all_gather" not in text
+
+
 def test_few_heads_walk_in_runs():
     from pallas_kernels.gpu import delta_rule
 
