@@ -26,7 +26,7 @@ from pallas_kernels.gpu.gradient_parts import (
 )
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, cut, iota, rows, tile
 
-SMALLEST = 1e-30
+SMALLEST = 1e-20  # unit of F and E: what is far below counts as nothing, what is far above must not overflow
 
 # Vectors of 64 that are stored by rows and loaded by columns (a warpgroup's own, or of F and of E).
 BETA, NORM, MOST, END = 0, 1, 3, 5
