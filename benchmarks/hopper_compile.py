@@ -45,8 +45,8 @@ class Options:
     """Gate kinds."""
     sizes: tuple[tuple[int, int], ...] = ((128, 128), (64, 64))
     """K, V of each."""
-    T: int = 2048
-    """Tokens; long enough sequences of few heads are walked in runs."""
+    T: int = 4096
+    """Tokens; sequences as long as that are walked in runs where there are few heads, as here."""
     check: bool = False
     """Fail where a kernel spills more than a few registers or its products are serialised."""
 

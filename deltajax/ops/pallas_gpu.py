@@ -78,7 +78,7 @@ def backward(
     dg: Array | None
     T = beta.shape[1]
     do, dfinal = _pad(do, None), _transposed(dfinal, v.shape[-1], q.shape[-1])
-    kept, rest = delta_rule.Kept(*saved[:2]), saved[2:]
+    kept, rest = delta_rule.Kept(*saved[:3]), saved[3:]
     ddecay: tuple[Any, ...]
     if options.gate_kind == "channel":
         g, kind, gate = decay

@@ -3,7 +3,6 @@
 Forward: relations, then the walk. Backward: the walk back, then the gradients of every chunk.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -102,7 +101,9 @@ def head_backward(
     """
     kept, solve, p, factors = saved
     chunks = Chunks(q, k, None, solve, p, factors, None)
-    dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, gated=gated, plan=plan_back(v, q.shape[-1]))
+    dr, dv, dstates, dinitial = walk_back(
+        chunks, do, dfinal, kept.moved, gated=gated, plan=plan(v, channel=False)
+    )
     values = PartInputs(do, dr, kept.written, kept.states, dstates)
     dq, dk, dbeta, dG = head_gradients(q, k, factors, values, gated=gated, normalize=normalize, scale=scale)
     dg = by_token(lax.cumsum(dG, axis=3, reverse=True)) if gated else None
@@ -194,8 +195,8 @@ def channel_backward(
       as `head_backward`, dg [B, T, HV, K] bf16; behind it the gradient of gate [HV, 2, K] float32 or None.
     """
     kept, chunks = saved
-    layout = plan_back(v, q.shape[-1])
-    dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, gated=True, plan=layout)
+    layout = plan(v, channel=True)
+    dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, kept.moved, gated=True, plan=layout)
     values = PartInputs(do, dr, kept.written, kept.states, dstates)
     dq, dk, dg, dbeta, *dA = channel_gradients(
         q,
@@ -246,12 +247,3 @@ def plan(v: jax.Array, *, channel: bool) -> Plan:
     blocks = B * HV * (V // 64)
     runs = min(MULTIPROCESSORS // blocks, MOST_RUNS, T // CHUNK // LEAST_CHUNKS)
     return Plan(warpgroups=1, stages=stages, runs=runs if runs > 2 else 1)
-
-
-def plan_back(v: jax.Array, K: int) -> Plan:
-    """The walk back's layout: its pass over the runs leaves room for one block a multiprocessor only."""
-    B, _, HV, V = v.shape
-    forward = plan(v, channel=False)
-    one_wave = 1 + MULTIPROCESSORS // (B * HV * ((V + K) // 64))
-    runs = min(forward.runs, one_wave)
-    return dataclasses.replace(forward, stages=2, runs=runs)

@@ -59,10 +59,11 @@ class Plan:
 
 
 class Kept(NamedTuple):
-    """What the walk may write out for the backward pass, in bf16."""
+    """What the walk may write out for the backward pass."""
 
-    states: jax.Array  # [B, HV, NC, V, K], the transposed states that enter the chunks
-    written: jax.Array  # [2, B, T, HV, V], U as the sum of two terms
+    states: jax.Array  # [B, HV, NC, V, K] bf16, the transposed states that enter the chunks
+    written: jax.Array  # [2, B, T, HV, V] bf16, U as the sum of two terms
+    moved: jax.Array  # [B, runs, HV, K, K] float32, M^T of each run; no runs where there is but one
 
 
 def walk(
@@ -91,24 +92,28 @@ def walk(
     Returns:
       o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32, `Kept` or None.
     """
+    B, _, HV, V = v.shape
+    K = chunks.reads.shape[-1]
+    moved = jnp.zeros((B, 0, HV, K, K), jnp.float32)
     if plan.runs > 1:
-        state = run_states(_call(chunks, v, None, gated, plan, outputs=False), state, plan.runs)
+        action = _call(chunks, v, None, gated, plan, outputs=False, keep=keep)
+        added, moved = action[..., :V, :], action[..., V:, :]
+        state = run_states(added, moved, state, plan.runs)
     elif state is not None:
         state = state[:, None]
     o, final, *kept = _call(chunks, v, state, gated, plan, outputs=True, keep=keep)
-    return o, final[:, -1], Kept(*kept) if keep else None
+    return o, final[:, -1], Kept(kept[0], kept[1], moved) if keep else None
 
 
-def run_states(action: jax.Array, state: jax.Array | None, runs: int) -> jax.Array:
+def run_states(added: jax.Array, moved: jax.Array, state: jax.Array | None, runs: int) -> jax.Array:
     """The states [B, runs, HV, V, K] that enter the runs of a sequence.
 
     Args:
-      action: [B, runs - 1, HV, V + K, K], each run's N^T above its M^T: it takes S^T to S^T M^T + N^T.
+      added: [B, >= runs - 1, HV, V, K] and
+      moved: [B, >= runs - 1, HV, K, K], N^T and M^T of each run, that take S^T to S^T M^T + N^T.
       state: [B, HV, V, K], that enters the first, or None for zeros.
       runs: their number.
     """
-    V = action.shape[-2] - action.shape[-1]
-    added, moved = action[..., :V, :], action[..., V:, :]
     states = [jnp.zeros_like(added[:, 0]) if state is None else state]
     for i in range(runs - 1):
         before = jnp.matmul(states[i], moved[:, i], precision=lax.Precision.HIGHEST)
@@ -117,7 +122,10 @@ def run_states(action: jax.Array, state: jax.Array | None, runs: int) -> jax.Arr
 
 
 def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
-    """The kernel: ``outputs``, states behind each run and what to ``keep``; or each run's action."""
+    """The kernel: ``outputs``, states behind each run and what to ``keep``; or the runs' actions.
+
+    Of the last run's action nobody but a backward pass, for which one is to ``keep``, makes use.
+    """
     if not outputs:
         plan = dataclasses.replace(plan, warpgroups=1)
     elif keep:
@@ -144,10 +152,10 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
         scratch["out_tile"] = tile((1, warpgroups, CHUNK, WIDTH), v.dtype)
         runs, rows_out = plan.runs, V
     else:
-        runs, rows_out = plan.runs - 1, V + K
+        runs, rows_out = plan.runs - 1 + keep, V + K
     states_out = jax.ShapeDtypeStruct((B, runs, HV, rows_out, K), jnp.float32)
     results: tuple[Any, ...] = (jax.ShapeDtypeStruct(v.shape, v.dtype), states_out)
-    if keep:
+    if keep and outputs:
         # One after the other: the state, U's two terms, o.
         scratch["out_tile"] = plgpu.RefUnion(
             tile((2, warpgroups, CHUNK, WIDTH), jnp.bfloat16), tile((warpgroups, WIDTH, K), jnp.bfloat16)

@@ -22,7 +22,7 @@ from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, r
 
 
 def walk_back(
-    chunks: Chunks, do: jax.Array, dfinal: jax.Array, *, gated: bool, plan: Plan
+    chunks: Chunks, do: jax.Array, dfinal: jax.Array, moved: jax.Array, *, gated: bool, plan: Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of what the walk computes from the values.
 
@@ -36,24 +36,28 @@ def walk_back(
       chunks: as for `recurrence.walk`.
       do: [B, T, HV, V] bf16, the gradient of o.
       dfinal: [B, HV, V, K] float32, the transposed gradient of the final state.
+      moved: of `recurrence.Kept`.
       gated: whether there is a decay.
-      plan: the layout, as for `recurrence.walk`.
+      plan: the layout, as for `recurrence.walk` and with as many runs.
 
     Returns:
       dR [terms, B, T, HV, V] bf16, the sum of two terms with a per-head decay (its gradient needs them); the
       values' gradient ``n beta dR`` [B, T, HV, V] bf16; the transposed gradients of the states that leave the
       chunks [B, HV, NC, V, K] bf16 and, float32, of the initial state [B, HV, V, K].
     """
+    plan = dataclasses.replace(plan, stages=2)
     state = dfinal[:, None]
     if plan.runs > 1:
         one = dataclasses.replace(plan, warpgroups=1)
-        state = run_states(_call(chunks, do, None, gated, one, outputs=False), dfinal, plan.runs)
+        added = _call(chunks, do, None, gated, one, outputs=False)
+        # Backwards, a run takes dS^T to dS^T M + what its outputs add.
+        state = run_states(added[:, ::-1], moved[:, ::-1].mT, dfinal, plan.runs)[:, ::-1]
     dr, dv, dstates, dinitial = _call(chunks, do, state, gated, plan, outputs=True)
-    return dr, dv, dstates, dinitial[:, -1]
+    return dr, dv, dstates, dinitial[:, 0]
 
 
 def _call(chunks, do, state, gated, plan, *, outputs):
-    """The kernel; without ``outputs``, what each run does to the gradient. The last run counts first."""
+    """The kernel; without ``outputs``, what the outputs of each run but the first add to the gradient."""
     B, _, HV, V = do.shape
     K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
     NC, num_factors = chunks.factors.shape[2:4]
@@ -72,8 +76,8 @@ def _call(chunks, do, state, gated, plan, *, outputs):
     if channel:
         scratch["key_tile"] = tile((stages, CHUNK, K), dtype)
         scratch["decay_tile"] = plgpu.SMEM((stages, K), jnp.float32)
-    runs, rows_out = (plan.runs, V) if outputs else (plan.runs - 1, V + K)
-    results: Any = jax.ShapeDtypeStruct((B, runs, HV, rows_out, K), jnp.float32)
+    runs = plan.runs if outputs else plan.runs - 1
+    results: Any = jax.ShapeDtypeStruct((B, runs, HV, V, K), jnp.float32)
     if outputs:
         terms = 1 if channel or not gated else 2  # of dR
         scratch["out_tile"] = plgpu.RefUnion(
@@ -86,7 +90,7 @@ def _call(chunks, do, state, gated, plan, *, outputs):
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
         out_type=results,
         scratch_types=scratch,
-        grid=(rows_out // (WIDTH * warpgroups), HV, B * runs),
+        grid=(V // (WIDTH * warpgroups), HV, B * runs),
         grid_names=("columns", "head", "batch_run"),
         num_threads=warpgroups,
         thread_name="warpgroup",
@@ -125,26 +129,25 @@ def _body(
     b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
     first_row = (lax.axis_index("columns") * plan.warpgroups + wg) * WIDTH
     mine = pl.ds(first_row, WIDTH)
-    K, dtype, V = chunks.reads.shape[-1], chunks.reads.dtype, do_ref.shape[-1]
+    K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
     scaled = dtype == jnp.float16
     square = (WIDTH, CHUNK)
     channel = chunks.keys is not None
     group = do_ref.shape[2] // chunks.reads.shape[2]
     stages, ahead = plan.stages, plan.stages - 1
-    # Rows past V are of M: they start from the identity and see no gradients of outputs.
-    do_columns = mine if outputs else pl.ds(lax.min(first_row, V - WIDTH), WIDTH)
     per_run = pl.cdiv(num_chunks, plan.runs)
+    start = (run if outputs else run + 1) * per_run
     even = num_chunks % plan.runs == 0
-    count = per_run if even else lax.min(per_run, num_chunks - run * per_run)
+    count = per_run if even else lax.min(per_run, num_chunks - start)
 
     def chunk_of(i):
-        return num_chunks - 1 - run * per_run - i
+        return start + count - 1 - i
 
     def load_chunk(i, slot):
         c, bar = chunk_of(i), loaded.at[slot]
         here = pl.ds(c * CHUNK, CHUNK)
         of_chunk = (b, h, c) if channel else (b, here, h // group)
-        plgpu.copy_gmem_to_smem(do_ref.at[b, here, h, do_columns], do_tile.at[slot, wg], bar)
+        plgpu.copy_gmem_to_smem(do_ref.at[b, here, h, mine], do_tile.at[slot, wg], bar)
 
         @pl.when(wg == 0)
         def _shared():
@@ -165,8 +168,7 @@ def _body(
         S = plgpu.load(state_ref.at[b, run, h, mine], layout=L, optimized=False)
         S = S * 1.0  # in a shard_map what is loaded varies over the mesh, unlike what the loop makes of it
     else:
-        row, column = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, K), axis, layout=L) for axis in (0, 1))
-        S = jnp.where(column == row + (first_row - V), 1.0, 0.0)
+        S = plgpu.layout_cast(jnp.zeros((WIDTH, K), jnp.float32), L)
 
     def step(i, carry):
         S, unit = carry  # dS^T [V, K] in multiples of unit [V]
@@ -177,13 +179,6 @@ def _body(
         def by_token(which):
             return columns(plgpu.load(factor.at[which], layout=COLUMN), square)
 
-        def load_do():
-            x = plgpu.load(do_tile.at[slot, wg].transpose((1, 0)), layout=L)
-            if outputs:
-                return x
-            of_state = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=L) + first_row < V
-            return jnp.where(of_state, x.astype(jnp.float32), 0.0).astype(x.dtype)
-
         if outputs:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             leaving = S * rows(unit, S.shape) if scaled else S
@@ -191,7 +186,7 @@ def _body(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(state_tile.at[wg], out_refs[2].at[b, h, chunk_of(i), mine])
         plgpu.barrier_wait(loaded.at[slot])
-        do = load_do()
+        do = plgpu.load(do_tile.at[slot, wg].transpose((1, 0)), layout=L)
         if scaled:
             wide = do.astype(jnp.float32)
             most = jnp.maximum(jnp.abs(S).max(axis=1) * unit, jnp.abs(wide).max(axis=1))

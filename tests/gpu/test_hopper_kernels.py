@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deltajax.ops import dispatch, pallas_gpu
-from pallas_kernels.gpu import recurrence, rowwise, tiles
+from pallas_kernels.gpu import delta_rule, recurrence, rowwise, tiles
 from tests import cases
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -100,6 +100,24 @@ GRADIENTS = [
 
 @pytest.mark.parametrize("case", GRADIENTS, ids=str)
 def test_interpreted_backward_agrees_with_the_recurrence(case, monkeypatch):
+    check_interpreted_backward(case, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case("head", T=300, K=64, V=64, H=1, HV=2, decay="slow", beta_max=2.0),
+        cases.Case("channel", T=300, K=64, V=64, decay="slow"),
+    ],
+    ids=str,
+)
+def test_interpreted_backward_in_runs(case, monkeypatch):
+    monkeypatch.setattr(delta_rule, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(delta_rule, "MOST_RUNS", 3)  # of 2, 2 and 1 chunks
+    check_interpreted_backward(case, monkeypatch)
+
+
+def check_interpreted_backward(case, monkeypatch):
     interpreted_products(monkeypatch)
     x = cases.arrays(case, jnp.bfloat16)
     x["do"] = x["do"].astype(jnp.bfloat16)
@@ -189,8 +207,6 @@ def test_lowers_inside_shard_map(gate, monkeypatch):
 
 
 def test_few_heads_walk_in_runs():
-    from pallas_kernels.gpu import delta_rule
-
     def plan(B, T, HV, V=128):
         return delta_rule.plan(jax.ShapeDtypeStruct((B, T, HV, V), jnp.bfloat16), channel=False)
 
