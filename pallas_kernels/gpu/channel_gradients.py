@@ -89,7 +89,8 @@ def channel_gradients(
         relation_tile=plgpu.RefUnion(relations, halves_of(g.dtype)),
         level_tile=plgpu.RefUnion([halves_of(jnp.float16)] * 2, [halves_of(jnp.bfloat16)] * 2),
         G_tile=plgpu.SMEM((CHUNK, K + 8), jnp.float32),
-        sum_tile=tile((CHUNK, CHUNK), jnp.bfloat16),
+        sum_tile=tile((1, CHUNK, CHUNK), jnp.bfloat16),
+        zero_tile=plgpu.SMEM((8,), jnp.int32),  # see `zero` below
         token_tile=plgpu.SMEM((3, CHUNK), jnp.float32),
         column_tile=plgpu.SMEM((7, CHUNK), jnp.float32),
         sums_tile=plgpu.SMEM((warpgroups, 2, CHUNK), jnp.float32),  # sums over channels: of q, of k
@@ -140,6 +141,7 @@ def _body(
     level_tile,
     G_tile,
     sum_tile,
+    zero_tile,
     token_tile,
     column_tile,
     sums_tile,
@@ -162,9 +164,7 @@ def _body(
     (q_raw, q_half), (k_raw, k_half) = q_tile, k_tile
     relation_tile, g_tile = relation_tile
     level_tile, wide_tile = level_tile
-    q, k = q_half.at[wg], k_half.at[wg]
-    row, column, line = iota(0), iota(1), tokens_in_line()
-    last = line | (CHUNK - 1)  # in a form that is not folded: inline code takes no constant
+    row, column = iota(0), iota(1)
     G_mine = G_tile.at[:, mine]
 
     def load_g(n, barrier):
@@ -200,16 +200,9 @@ def _body(
         every = [plgpu.load(sums_tile.at[w, i], layout=ROW) for w in range(warpgroups)]
         return sum(every[1:], every[0])
 
-    def stage(x):
-        """x [64, 64] in two bf16 terms."""
-        plgpu.commit_smem()  # all warps are done with what lay there
-        for i, term in enumerate(cut(x)):
-            wide_tile[i][wg] = term
-        plgpu.commit_smem()
-        return [wide_tile[i].at[wg] for i in range(2)]
-
     walk.start()
-    sum_tile[...] = jnp.where(column <= row, 1.0, 0.0).astype(jnp.bfloat16)
+    sum_tile[0] = jnp.where(column <= row, 1.0, 0.0).astype(jnp.bfloat16)
+    zero_tile[0] = 0
 
     @pl.when(wg == 0)
     def _first():
@@ -220,6 +213,21 @@ def _body(
     @pl.loop(0, walk.count)
     def _chunk(n):
         b, h, c = walk.place(n)
+        # Unknown to the compiler, so that it computes addresses here and not, to be spilled, before the loop.
+        zero = zero_tile[0]
+        me = wg + zero
+        line = tokens_in_line() + zero
+        last = line | (CHUNK - 1)  # in a form that is not folded: inline code takes no constant
+        q, k, ones = q_half.at[me], k_half.at[me], sum_tile.at[zero]
+
+        def stage(x):
+            """x [64, 64] in two bf16 terms."""
+            plgpu.commit_smem()  # all warps are done with what lay there
+            for i, term in enumerate(cut(x)):
+                wide_tile[i][me] = term
+            plgpu.commit_smem()
+            return [wide_tile[i].at[me] for i in range(2)]
+
         if gate_tile is not None:
 
             @pl.when(wg == 0)
@@ -232,10 +240,10 @@ def _body(
         # G to base 2, from the chunk's start. What bf16's 16 bits of a large g miss does no harm: no two
         # tokens with such a decay between them matter to each other.
         kind = None if all_present else rows(plgpu.load(token_tile.at[1], layout=ROW), square)
-        g = token_decays(g_tile.at[wg], gate_tile, mine, kind, lower_bound=lower_bound)
-        rowwise.scatter(G_mine, line, tiles.product(HALF, *[(sum_tile, term) for term in stage(g)]))
+        g = token_decays(g_tile.at[me], gate_tile, mine, kind, lower_bound=lower_bound)
+        rowwise.scatter(G_mine, line, tiles.product(HALF, *[(ones, term) for term in stage(g)]))
 
-        x, y = plgpu.load(q_raw.at[wg], layout=L), plgpu.load(k_raw.at[wg], layout=L)
+        x, y = plgpu.load(q_raw.at[me], layout=L), plgpu.load(k_raw.at[me], layout=L)
         sums_tile[wg, 0] = jnp.square(x.astype(jnp.float32)).sum(axis=1)
         sums_tile[wg, 1] = jnp.square(y.astype(jnp.float32)).sum(axis=1)
         q[...], k[...] = x.astype(jnp.float16), y.astype(jnp.float16)
@@ -257,7 +265,7 @@ def _body(
         z = z * (jnp.exp2(end - G) * rows(beta * n_key, square))
 
         # What reaches the next chunk, by channel.
-        shares = tiles.product(CHUNK, *[(s.transpose((1, 0)), sum_tile) for s in stage(load(k) * z)])
+        shares = tiles.product(CHUNK, *[(s.transpose((1, 0)), ones) for s in stage(load(k) * z)])
         leaving = jnp.where(column == 0, shares, 0.0).sum(axis=1)
         decay = jnp.exp2(plgpu.load(G_tile.at[CHUNK - 1, mine], layout=ROW))
         column_tile[END + wg] = leaving + decay * jnp.where(row == column, overlap, 0.0).sum(axis=1)
@@ -304,10 +312,10 @@ def _body(
             kf = plgpu.load(k, layout=L) * factor
             qf = plgpu.load(q, layout=L) * factor
             plgpu.commit_smem()  # all warps are done with the level before
-            level_tile[0][wg] = qf * rows(odd.astype(jnp.float16), square) + kf * rows(
+            level_tile[0][me] = qf * rows(odd.astype(jnp.float16), square) + kf * rows(
                 (1 - odd).astype(jnp.float16), square
             )
-            level_tile[1][wg] = kf
+            level_tile[1][me] = kf
             plgpu.commit_smem()
             of_level = last - (CHUNK - 1) + level
             whole = [plgpu.load(relation_tile.at[j], layout=L) for j in range(2)]
@@ -317,20 +325,20 @@ def _body(
 
             def signed(i):  # what met F or E, negative where it is taken away
                 sign = rows((2 * odd - 1).astype(jnp.float16), square)
-                return (plgpu.load(level_tile[i].at[wg], layout=L) * sign).astype(jnp.float32)
+                return (plgpu.load(level_tile[i].at[me], layout=L) * sign).astype(jnp.float32)
 
             # One after the other: registers are short. What a pair adds to dG of one token and takes from
             # the other's has to be the same number: behind both, nothing of it may be left.
-            f = tiles.product(HALF, (of_f, level_tile[0].at[wg]))
+            f = tiles.product(HALF, (of_f, level_tile[0].at[me]))
             x, w = x + reads * f, w + (both - reads) * f
             dG = dG + signed(0) * f
-            e = tiles.product(HALF, (of_e, level_tile[1].at[wg]))
+            e = tiles.product(HALF, (of_e, level_tile[1].at[me]))
             return x, w + both * e, dG + signed(1) * e
 
         scaled = rows(per_unit, square)
         x, y, z = x * scaled, y * scaled, z * scaled
         x, w, dG = lax.fori_loop(0, 6, add_level, (x, y + z, load(q) * x + load(k) * (y - z)))
-        dg = tiles.product(HALF, *[(sum_tile.transpose((1, 0)), s) for s in stage(dG * rows(unit, square))])
+        dg = tiles.product(HALF, *[(ones.transpose((1, 0)), s) for s in stage(dG * rows(unit, square))])
         dg = dg + by_column(END + wg)
         if kind is not None:
             dg = jnp.where(kind == PRESENT, dg, 0.0)
@@ -353,17 +361,17 @@ def _body(
             x = x - load(q) * rows(m * m * summed(0), square)
             w = w - load(k) * rows(n_key * n_key * summed(1), square)
         plgpu.commit_smem()  # all warps are done with q, k and the staged sums
-        q_raw[wg], k_raw[wg] = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+        q_raw[me], k_raw[me] = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
         if gate_tile is not None:
             plgpu.barrier_wait(g_loaded)
-            dg, dA = pull_gate(dg, g_tile.at[wg], gate_tile, mine, lower_bound=lower_bound)
+            dg, dA = pull_gate(dg, g_tile.at[me], gate_tile, mine, lower_bound=lower_bound)
             dA_ref[0].at[b, h, c, wg][...] = dA.sum(axis=1)
-        wide_tile[0][wg] = dg.astype(jnp.bfloat16)
+        wide_tile[0][me] = dg.astype(jnp.bfloat16)
         plgpu.commit_smem()
         here = pl.ds(c * CHUNK, CHUNK)
-        plgpu.copy_smem_to_gmem(q_raw.at[wg], dq_ref.at[b, here, h, mine])
-        plgpu.copy_smem_to_gmem(k_raw.at[wg], dk_ref.at[b, here, h, mine])
-        plgpu.copy_smem_to_gmem(wide_tile[0].at[wg], dg_ref.at[b, here, h, mine])
+        plgpu.copy_smem_to_gmem(q_raw.at[me], dq_ref.at[b, here, h, mine])
+        plgpu.copy_smem_to_gmem(k_raw.at[me], dk_ref.at[b, here, h, mine])
+        plgpu.copy_smem_to_gmem(wide_tile[0].at[me], dg_ref.at[b, here, h, mine])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         meet()  # nobody still reads what the next chunk writes
 

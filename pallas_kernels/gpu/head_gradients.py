@@ -75,8 +75,9 @@ def head_gradients(
             part_tiles=part_tiles(K, stages=STAGES, state_stages=STAGES, terms=values.dr.shape[0]),
             q_tile=tile((warpgroups, CHUNK, HALF), jnp.bfloat16),
             k_tile=tile((warpgroups, CHUNK, HALF), jnp.bfloat16),
-            f_tile=[tile((CHUNK, CHUNK), jnp.bfloat16)] * 2,
-            e_tile=[tile((CHUNK, CHUNK), jnp.bfloat16)] * 2,
+            f_tile=tile((2, CHUNK, CHUNK), jnp.bfloat16),
+            e_tile=tile((2, CHUNK, CHUNK), jnp.bfloat16),
+            zero_tile=plgpu.SMEM((8,), jnp.int32),  # see `zero` below
             factor_tile=plgpu.SMEM((NUM_FACTORS, CHUNK), jnp.float32),
             column_tile=plgpu.SMEM((2, CHUNK), jnp.float32),  # beta and G once more: by columns
             sums_tile=plgpu.SMEM((warpgroups, 3, CHUNK), jnp.float32),
@@ -109,6 +110,7 @@ def _body(
     k_tile,
     f_tile,
     e_tile,
+    zero_tile,
     factor_tile,
     column_tile,
     sums_tile,
@@ -138,6 +140,8 @@ def _body(
                 plgpu.copy_gmem_to_smem(ref.at[b, here, h // group, channels], to.at[half], chunk_loaded)
 
     walk.start()
+    zero_tile[0] = 0
+    plgpu.commit_smem()
 
     @pl.when(wg == 0)
     def _first():
@@ -164,7 +168,9 @@ def _body(
         sums = sums_tile.at[wg]
         x, y, z, overlap, related = walk.sums(n)
         plgpu.barrier_wait(chunk_loaded)
-        q, k = q_tile.at[wg], k_tile.at[wg]
+        # Unknown to the compiler, so that it computes addresses here and not, to be spilled, before the loop.
+        zero = zero_tile[0]
+        q, k = q_tile.at[wg + zero], k_tile.at[wg + zero]
         x = x * rows(by_token(OUT), square)
         y = y * rows(by_token(BETA) * -by_token(READ), square)
         z = z * rows(by_token(BETA) * by_token(KEEP), square)
@@ -183,7 +189,7 @@ def _body(
                 r = r * jnp.exp(jnp.minimum(rows(by_token(SUM), square) - by_column(1), 0.0))
 
             def store(to, x):
-                to[0][...], to[1][...] = cut(x)
+                to[zero], to[zero + 1] = cut(x)
 
             @pl.when(i == 0)
             def _f(r=r):
@@ -195,10 +201,11 @@ def _body(
                 store(e_tile, jnp.where(column < row, r * rows(n * n * -by_token(BETA), square), 0.0))
 
         meet()
+        fs, es = ([t.at[zero + i] for i in range(2)] for t in (f_tile, e_tile))
         x, y, z = tiles.add_products(
-            (x, [(f, k) for f in f_tile]),
-            (y, [(e, k) for e in e_tile]),
-            (z, [(f.transpose((1, 0)), q) for f in f_tile] + [(e.transpose((1, 0)), k) for e in e_tile]),
+            (x, [(f, k) for f in fs]),
+            (y, [(e, k) for e in es]),
+            (z, [(f.transpose((1, 0)), q) for f in fs] + [(e.transpose((1, 0)), k) for e in es]),
         )
         sums[ASKED] = (load(q) * x).sum(axis=1)
         sums[READING] = (load(k) * y).sum(axis=1)
