@@ -6,11 +6,10 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import rowwise
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, HALF, ROW, columns, load
 
 LOG2E = 1.4426950408889634
 MIN_LOG_DECAY = -100.0
-HALF = 64  # channels at a time
 
 # What becomes of a token, second row of ``tokens``.
 ABSENT, PRESENT, RESET = 0.0, 1.0, 2.0
@@ -50,7 +49,7 @@ def pull_gate(
       lower_bound: of the gate.
     """
     rate, bias = (columns(plgpu.load(gate_ref.at[i, channels], layout=COLUMN), dg.shape) for i in range(2))
-    x = plgpu.load(x_ref, layout=L).astype(jnp.float32) + bias
+    x = load(x_ref) + bias
     if lower_bound is None:  # g = -rate softplus(x)
         dg = dg * -rate
         return dg * sigmoid(x), dg * softplus(x)
@@ -71,7 +70,7 @@ def token_decays(
       kind: ABSENT, PRESENT or RESET of each token, [64, 64] constant along rows; None: all are present.
       lower_bound: of the gate.
     """
-    g = plgpu.load(g_ref, layout=L).astype(jnp.float32)
+    g = load(g_ref)
     if gate_ref is None:
         g = g * LOG2E
     else:

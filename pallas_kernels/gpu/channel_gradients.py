@@ -17,14 +17,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import rowwise, tiles
 from pallas_kernels.gpu.channel_decay import PRESENT, across_border, pull_gate, token_decays, tokens_in_line
 from pallas_kernels.gpu.gradient_parts import (
-    HALF,
     MULTIPROCESSORS,
     PartInputs,
     Parts,
     num_chunks,
     part_tiles,
 )
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, cut, iota, rows, tile
+from pallas_kernels.gpu.tiles import (
+    CHUNK,
+    COLUMN,
+    HALF,
+    ROW,
+    L,
+    columns,
+    constant,
+    cut,
+    iota,
+    load,
+    rows,
+    tile,
+)
 
 SMALLEST = 1e-20  # unit of F and E: what is far below counts as nothing, what is far above must not overflow
 
@@ -95,7 +107,6 @@ def channel_gradients(
         column_tile=plgpu.SMEM((7, CHUNK), jnp.float32),
         sums_tile=plgpu.SMEM((warpgroups, 2, CHUNK), jnp.float32),  # sums over channels: of q, of k
         chunk_loaded=plgpu.Barrier(num_arrivals=2 + 3 * warpgroups),
-        met=plgpu.Barrier(num_arrivals=warpgroups),
     )
     if gate is not None:
         scratch["gate_tile"] = plgpu.SMEM((2, K), jnp.float32)
@@ -146,7 +157,6 @@ def _body(
     column_tile,
     sums_tile,
     chunk_loaded,
-    met,
     group,
     lower_bound,
     all_present,
@@ -184,21 +194,8 @@ def _body(
             for ref, to in ((q_ref, q_raw), (k_ref, k_raw)):
                 plgpu.copy_gmem_to_smem(ref.at[b, here, h // group, channels], to.at[half], chunk_loaded)
 
-    def meet():
-        plgpu.commit_smem()
-        if warpgroups > 1:
-            plgpu.barrier_arrive(met)
-            plgpu.barrier_wait(met)
-
-    def load(ref):
-        return plgpu.load(ref, layout=L).astype(jnp.float32)
-
     def by_column(i):
         return columns(plgpu.load(column_tile.at[i], layout=COLUMN), square)
-
-    def summed(i):
-        every = [plgpu.load(sums_tile.at[w, i], layout=ROW) for w in range(warpgroups)]
-        return sum(every[1:], every[0])
 
     walk.start()
     sum_tile[0] = jnp.where(column <= row, 1.0, 0.0).astype(jnp.bfloat16)
@@ -208,7 +205,7 @@ def _body(
     def _first():
         load_chunk(0)
 
-    meet()
+    walk.meet()
 
     @pl.loop(0, walk.count)
     def _chunk(n):
@@ -247,9 +244,12 @@ def _body(
         sums_tile[wg, 0] = jnp.square(x.astype(jnp.float32)).sum(axis=1)
         sums_tile[wg, 1] = jnp.square(y.astype(jnp.float32)).sum(axis=1)
         q[...], k[...] = x.astype(jnp.float16), y.astype(jnp.float16)
-        meet()
+        walk.meet()
         if normalize:
-            n_key, m_query = lax.rsqrt(summed(1) + 1e-6), lax.rsqrt(summed(0) + 1e-6) * scale
+            n_key, m_query = (
+                lax.rsqrt(walk.summed(sums_tile, 1) + 1e-6),
+                lax.rsqrt(walk.summed(sums_tile, 0) + 1e-6) * scale,
+            )
         else:
             n_key, m_query = constant(1.0, ROW), constant(scale, ROW)
         column_tile[NORM + wg] = n_key
@@ -289,7 +289,7 @@ def _body(
             r = jnp.where(column < row, r * rows(of_row, square) * between, 0.0)
             column_tile[MOST + i] = jnp.abs(r).max(axis=1)
             strict.append(r)
-        meet()
+        walk.meet()
         most = jnp.maximum(by_column(MOST), by_column(MOST + 1))
         unit = jnp.maximum(most.max(axis=1), SMALLEST)
         root = lax.rsqrt(unit)
@@ -302,7 +302,7 @@ def _body(
             upper = plgpu.load(to.transpose((1, 0)), layout=L)
             plgpu.commit_smem()
             to[...] = lower + upper
-        meet()
+        walk.meet()
 
         def add_level(i, gradients):
             x, w, dG = gradients
@@ -349,7 +349,7 @@ def _body(
         if normalize:
             sums_tile[wg, 0] = (load(q) * x).sum(axis=1)
             sums_tile[wg, 1] = (load(k) * w).sum(axis=1)
-        meet()
+        walk.meet()
         if gate_tile is not None:  # F and E are done with; g lay there
 
             @pl.when(wg == 0)
@@ -358,8 +358,8 @@ def _body(
 
         if normalize:
             m = m_query * (1 / scale)
-            x = x - load(q) * rows(m * m * summed(0), square)
-            w = w - load(k) * rows(n_key * n_key * summed(1), square)
+            x = x - load(q) * rows(m * m * walk.summed(sums_tile, 0), square)
+            w = w - load(k) * rows(n_key * n_key * walk.summed(sums_tile, 1), square)
         plgpu.commit_smem()  # all warps are done with q, k and the staged sums
         q_raw[me], k_raw[me] = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
         if gate_tile is not None:
@@ -373,7 +373,7 @@ def _body(
         plgpu.copy_smem_to_gmem(k_raw.at[me], dk_ref.at[b, here, h, mine])
         plgpu.copy_smem_to_gmem(wide_tile[0].at[me], dg_ref.at[b, here, h, mine])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        meet()  # nobody still reads what the next chunk writes
+        walk.meet()  # nobody still reads what the next chunk writes
 
         @pl.when((wg == 0) & (n + 1 < walk.count))
         def _next_chunk():

@@ -16,11 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import rowwise, tiles
-from pallas_kernels.gpu.channel_decay import HALF, across_border, token_decays, tokens_in_line
+from pallas_kernels.gpu.channel_decay import across_border, token_decays, tokens_in_line
 from pallas_kernels.gpu.inverse import unit_lower_inverse
 from pallas_kernels.gpu.tiles import (
     CHUNK,
     COLUMN,
+    HALF,
     ROW,
     L,
     columns,

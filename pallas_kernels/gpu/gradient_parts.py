@@ -14,10 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
-from pallas_kernels.gpu.tiles import CHUNK, L, tile
+from pallas_kernels.gpu.tiles import CHUNK, HALF, ROW, L, tile
 
 MULTIPROCESSORS = 132
-HALF = 64  # channels of a warpgroup
 
 
 class PartInputs(NamedTuple):
@@ -41,6 +40,7 @@ class PartTiles(NamedTuple):
     loaded: Any
     states_loaded: Any
     free: Any
+    met: Any
 
 
 class Sums(NamedTuple):
@@ -65,6 +65,7 @@ def part_tiles(K: int, *, stages: int, state_stages: int, terms: int) -> PartTil
         loaded=plgpu.Barrier(num_arrivals=3 + terms, num_barriers=stages),
         states_loaded=plgpu.Barrier(num_arrivals=2, num_barriers=state_stages),
         free=plgpu.Barrier(num_arrivals=warpgroups),
+        met=plgpu.Barrier(num_arrivals=warpgroups),
     )
 
 
@@ -157,6 +158,18 @@ class Parts:
             for stages, load in ((self.stages, self._load), (self.state_stages, self._load_states)):
                 pl.loop(0, lax.min(stages, self.count * self.parts))(load)
 
+    def meet(self):
+        """Every warpgroup sees what all stored to shared memory, and none still reads what was there."""
+        plgpu.commit_smem()
+        if self.warpgroups > 1:
+            plgpu.barrier_arrive(self.tiles.met)
+            plgpu.barrier_wait(self.tiles.met)
+
+    def summed(self, sums_tile, i) -> jax.Array:
+        """The sum over warpgroups w of ``sums_tile[w, i]``, [64] by rows."""
+        every = [plgpu.load(sums_tile.at[w, i], layout=ROW) for w in range(self.warpgroups)]
+        return sum(every[1:], every[0])
+
     def sums(self, n) -> Sums:
         """The sums of the block's n-th chunk; called for every n in order, by every warpgroup."""
         wg, to = lax.axis_index("warpgroup"), self.tiles
@@ -176,13 +189,10 @@ class Parts:
 
             def related(i):
                 pairs = [(to.left.at[2 * slot + i], u.transpose((1, 0))) for u in terms]
-                if (
-                    to.low is not None and self.warpgroups == 2
-                ):  # which one it makes is known at run time only
-                    low = to.low.at[jnp.where(i == 0, self.stages, slot)]
-                    pairs.append((low, terms[0].transpose((1, 0))))
-                elif to.low is not None and i == 1:
-                    pairs.append((to.low.at[slot], terms[0].transpose((1, 0))))
+                if to.low is not None and (self.warpgroups == 2 or i == 1):
+                    # Which of the two one of two warpgroups makes is known at run time only: dO has zeros.
+                    low = slot if self.warpgroups == 1 else jnp.where(i == 0, self.stages, slot)
+                    pairs.append((to.low.at[low], terms[0].transpose((1, 0))))
                 return pairs
 
             def refill():

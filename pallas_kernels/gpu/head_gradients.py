@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.gradient_parts import (
-    HALF,
     MULTIPROCESSORS,
     PartInputs,
     Parts,
@@ -18,7 +17,7 @@ from pallas_kernels.gpu.gradient_parts import (
     part_tiles,
 )
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, NUM_FACTORS, OUT, QUERY, READ, SUM
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, cut, iota, rows, tile
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, HALF, ROW, columns, cut, iota, load, rows, tile
 
 STAGES = 2
 
@@ -83,7 +82,6 @@ def head_gradients(
             sums_tile=plgpu.SMEM((warpgroups, 3, CHUNK), jnp.float32),
             leaving_tile=plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
             chunk_loaded=plgpu.Barrier(num_arrivals=3 + 2 * warpgroups),
-            met=plgpu.Barrier(num_arrivals=warpgroups),
         ),
         grid=(min(MULTIPROCESSORS, num_chunks(values.states)),),
         grid_names=("block",),
@@ -116,7 +114,6 @@ def _body(
     sums_tile,
     leaving_tile,
     chunk_loaded,
-    met,
     group,
     gated,
     normalize,
@@ -146,15 +143,6 @@ def _body(
     @pl.when(wg == 0)
     def _first():
         load_chunk(0)
-
-    def meet():
-        plgpu.commit_smem()
-        if walk.warpgroups > 1:
-            plgpu.barrier_arrive(met)
-            plgpu.barrier_wait(met)
-
-    def load(ref):
-        return plgpu.load(ref, layout=L).astype(jnp.float32)
 
     def by_token(i):
         return plgpu.load(factor_tile.at[i], layout=ROW)
@@ -200,7 +188,7 @@ def _body(
                 n = by_token(KEY)
                 store(e_tile, jnp.where(column < row, r * rows(n * n * -by_token(BETA), square), 0.0))
 
-        meet()
+        walk.meet()
         fs, es = ([t.at[zero + i] for i in range(2)] for t in (f_tile, e_tile))
         x, y, z = tiles.add_products(
             (x, [(f, k) for f in fs]),
@@ -210,13 +198,13 @@ def _body(
         sums[ASKED] = (load(q) * x).sum(axis=1)
         sums[READING] = (load(k) * y).sum(axis=1)
         sums[STORED] = (load(k) * z).sum(axis=1)
-        meet()
+        walk.meet()
 
-        def summed(i):
-            every = [plgpu.load(sums_tile.at[w, i], layout=ROW) for w in range(walk.warpgroups)]
-            return sum(every[1:], every[0])
-
-        asked, reading, stored = summed(ASKED), summed(READING), summed(STORED)
+        asked, reading, stored = (
+            walk.summed(sums_tile, ASKED),
+            walk.summed(sums_tile, READING),
+            walk.summed(sums_tile, STORED),
+        )
         w = y + z
         if normalize:
             m, n_key = by_token(QUERY) * (1 / scale), by_token(KEY)
@@ -239,7 +227,7 @@ def _body(
         plgpu.copy_smem_to_gmem(q, dq_ref.at[b, here, h, mine])
         plgpu.copy_smem_to_gmem(k, dk_ref.at[b, here, h, mine])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        meet()  # nobody still reads what the next chunk writes
+        walk.meet()  # nobody still reads what the next chunk writes
 
         @pl.when((wg == 0) & (n + 1 < walk.count))
         def _next_chunk():

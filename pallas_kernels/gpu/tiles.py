@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64  # tokens a chunk: one warpgroup's rows in a wgmma
+HALF = 64  # channels at a time
 
 L = plgpu.Layout.WGMMA  # [64, N], rows over warps
 ROW = L.reduce(1)  # [64], one value per row
@@ -47,6 +48,11 @@ def split(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """float32 as the sum of two half-precision numbers, for products that keep about 16 (bf16) bits."""
     high = x.astype(dtype)
     return high, (x - high.astype(jnp.float32)).astype(dtype)
+
+
+def load(ref) -> jax.Array:
+    """A [64, N] tile as float32 in registers."""
+    return plgpu.load(ref, layout=L).astype(jnp.float32)
 
 
 def cut(x: jax.Array) -> tuple[jax.Array, jax.Array]:
