@@ -166,9 +166,11 @@ class MeshConfig:
     """How devices share the work."""
 
     data: int = -1
-    """copies of the model; -1 takes the devices that fsdp leaves"""
+    """copies of the model; -1 takes the devices that the others leave"""
     fsdp: int = 1
     """parts that parameters and optimizer state are split into"""
+    tensor: int = 1
+    """parts that heads, MLP and vocabulary are split into; divides the model's numbers of heads"""
     distributed: bool = False
     """this is one of several processes; JAX finds the others on Slurm, MPI, Cloud TPU and Kubernetes"""
     coordinator: str | None = None
@@ -228,6 +230,7 @@ class TrainConfig:
             "--checkpoint.every": self.checkpoint.every,
             "--checkpoint.keep": self.checkpoint.keep,
             "--mesh.fsdp": self.mesh.fsdp,
+            "--mesh.tensor": self.mesh.tensor,
             "--log.every": self.log.every,
             "--log.peak-tflops": 1 if self.log.peak_tflops is None else self.log.peak_tflops,
         }

@@ -21,7 +21,7 @@ from train.config import ConfigError, TrainConfig
 from train.data import Batch, eval_batches, train_batches
 from train.failure import NonFiniteError, save_failure
 from train.guard import StopRequest, only_run_in, stop_on_signals
-from train.mesh import ShardingRules, global_batch, make_mesh
+from train.mesh import ShardingRules, data_group, global_batch, make_mesh
 from train.metrics import MetricsFile, Throughput, peak_flops
 from train.mixture import Data, load_data
 from train.model_state import ModelState, model_state
@@ -95,16 +95,18 @@ class Run:
         """Reads or opens the data and traces the model; makes no arrays and writes nothing."""
         data = load_data(config.data)
         try:
-            mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+            mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+            data_group(mesh, ShardingRules())
             model = model_state(
                 options.model_config(config, data.tokenizer.vocab_size), mesh, ShardingRules()
             )
         except ValueError as error:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
-        if config.data.batch_size % (mesh.size * config.optimizer.accumulate):
+        parts = ShardingRules().parts(mesh, "batch")
+        if config.data.batch_size % (parts * config.optimizer.accumulate):
             raise ConfigError(
                 f"argument --data.batch-size: {config.data.batch_size} rows do not split over "
-                f"{mesh.size} devices x {config.optimizer.accumulate} micro-batches"
+                f"{parts} devices x {config.optimizer.accumulate} micro-batches"
             )
         run = cls(config, directory, report, data, model)
         try:
@@ -132,8 +134,8 @@ class Run:
             seq_len=self.config.data.seq_len,
             batch_size=self.config.data.batch_size,
             seed=self.config.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self.data_group[0],
+            process_count=self.data_group[1],
             prefetch=self.config.data.prefetch,
         )
         try:
@@ -309,8 +311,9 @@ class Run:
     def evaluate(self, state: TrainState) -> float:
         """Mean loss on the held-out batches, nats per token."""
         sums = []
-        rows = self.config.data.batch_size // jax.process_count()
-        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+        group, groups = self.data_group
+        rows = self.config.data.batch_size // groups
+        mine = slice(group * rows, (group + 1) * rows)
         for batch in self.eval_batches:
             local = {name: x[mine] for name, x in batch.items()}
             sums.append(self._eval_step(state.params, global_batch(local, self.model.mesh, self.rules)))
@@ -356,6 +359,11 @@ class Run:
             "train": options.to_dict(self.config),
             "corpus": {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.fingerprint},
         }
+
+    @cached_property
+    def data_group(self) -> tuple[int, int]:
+        """Which share of the rows this process reads, of how many."""
+        return data_group(self.model.mesh, self.rules)
 
     @cached_property
     def schedule(self) -> Any:

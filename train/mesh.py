@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltajax.layers import shard_ops
+from deltajax.models import ModelConfig
 
-MESH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "tensor")
 # A logical axis lies on no mesh axis (replicated), on one, or on several.
 Placement = None | str | tuple[str, ...]
 
@@ -23,20 +25,20 @@ class ShardingRules:
     """Which mesh axes each logical axis is split over; None replicates it.
 
     Parameters are split over "fsdp" along their embedding dimension, of which every large matrix has exactly
-    one; what has none (decay rates, convolution taps, KDA's low-rank gate) is small and stays whole.
-    Activations are split along the batch.
+    one; what has none (decay rates, convolution taps, the second matrices of KDA's low-rank gates) is small
+    and not split there. Over "tensor" go heads, the MLP's width and the vocabulary: of the parameters, and of
+    the activations between a block's first matrices and its last. Activations are split along the batch.
     """
 
     batch: Placement = ("data", "fsdp")
     embed: Placement = "fsdp"
-    vocab: Placement = None
-    heads: Placement = None
-    kv_heads: Placement = None
+    vocab: Placement = "tensor"
+    heads: Placement = "tensor"
+    kv_heads: Placement = "tensor"
     head_dim: Placement = None
-    mlp: Placement = None
+    mlp: Placement = "tensor"
     conv: Placement = None
     layers: Placement = None
-    experts: Placement = None
 
     def spec(self, logical_axes: tuple[str | None, ...], where: str = "array") -> PartitionSpec:
         """The partition of an array whose dimensions carry these logical names (None replicates).
@@ -65,6 +67,31 @@ class ShardingRules:
         """While active, layers split their ops and the loss over the mesh as these rules place them."""
         return shard_ops(mesh, self.batch, self.heads, embed=self.embed, vocab=self.vocab)
 
+    def parts(self, mesh: Mesh, logical_axis: str) -> int:
+        """How many parts a mesh cuts that axis into."""
+        return math.prod(mesh.shape[axis] for axis in _axes(getattr(self, logical_axis)))
+
+    def check_model(self, config: ModelConfig, mesh: Mesh) -> None:
+        """Raises ValueError where the mesh does not divide a model's heads, MLP or vocabulary."""
+        sizes = {
+            ("intermediate_size", "mlp"): config.intermediate_size,
+            ("vocab_size", "vocab"): config.vocab_size,
+        }
+        if config.has_delta:
+            sizes |= {("num_heads", "heads"): config.num_heads}
+        if config.has_attention:
+            sizes |= {
+                ("attn_num_heads", "heads"): config.attention_heads,
+                ("attn_num_kv_heads", "kv_heads"): config.attention_kv_heads,
+            }
+        for (field, axis), size in sizes.items():
+            if size % (parts := self.parts(mesh, axis)):
+                flags = ", ".join(f"--mesh.{name} {mesh.shape[name]}" for name in _axes(getattr(self, axis)))
+                raise ValueError(
+                    f"argument {flags}: expected a divisor of the model's {field} {size}, which it cuts into "
+                    f"{parts} parts"
+                )
+
     def sharding(
         self, mesh: Mesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...], where: str = "array"
     ) -> NamedSharding:
@@ -76,7 +103,7 @@ class ShardingRules:
         """
         spec = self.spec(logical_axes, where)
         for dim, (name, placement) in enumerate(zip(logical_axes, spec, strict=True)):
-            parts = int(np.prod([mesh.shape[axis] for axis in _axes(placement)], dtype=int))
+            parts = math.prod(mesh.shape[axis] for axis in _axes(placement))
             if shape[dim] % parts:
                 raise ValueError(
                     f"{where}: dimension {dim} ({name}) of shape {shape} is not divisible by mesh "
@@ -89,35 +116,83 @@ def _axes(placement: Placement) -> tuple[str, ...]:
     return () if placement is None else (placement,) if isinstance(placement, str) else placement
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A [data, fsdp] mesh over the available devices.
+def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None, *, tensor: int = 1) -> Mesh:
+    """A [data, fsdp, tensor] mesh over the available devices.
 
     Args:
-        data: copies of the parameters; -1 takes every device left over by `fsdp`.
+        data: copies of the parameters; -1 takes every device left over by the others.
         fsdp: parts that parameters and optimizer state are split into.
         devices: None for `jax.devices()`.
+        tensor: parts that heads, MLP and vocabulary are split into, of parameters and of activations.
 
     Raises:
         ValueError: sizes that do not fit the number of devices. A single process may leave devices
             idle; several processes must use all of them.
     """
     devices = jax.devices() if devices is None else devices
-    if fsdp < 1 or (data < 1 and data != -1):
-        raise ValueError(f"mesh sizes must be positive (or data -1), got data={data}, fsdp={fsdp}")
+    if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
+        raise ValueError(
+            f"mesh sizes must be positive (or data -1), got data={data}, fsdp={fsdp}, tensor={tensor}"
+        )
     if data == -1:
-        data = max(1, len(devices) // fsdp)
-    wanted = data * fsdp
+        data = max(1, len(devices) // (fsdp * tensor))
+    # Tensor parallelism communicates most and comes last: its devices are the nearest neighbours.
+    shape = (data, fsdp, tensor)
+    wanted = math.prod(shape)
     if wanted > len(devices) or (jax.process_count() > 1 and wanted != len(devices)):
-        raise ValueError(f"mesh data={data} x fsdp={fsdp} needs {wanted} devices, found {len(devices)}")
+        sizes = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+        raise ValueError(f"mesh {sizes} needs {wanted} devices, found {len(devices)}")
     if wanted == len(devices):
         # Neighbours in the mesh are neighbours in the pod; an axis may take a part of one of the pod's.
-        grid = create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+        grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        grid = np.array(devices[:wanted]).reshape(data, fsdp)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+        grid = np.array(devices[:wanted]).reshape(shape)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def data_group(mesh: Mesh, rules: ShardingRules) -> tuple[int, int]:
+    """Which share of a batch's rows this process reads, and how many shares there are.
+
+    Processes whose devices hold the same rows (parts of their heads, say) read the same share.
+
+    Raises:
+        ValueError: processes that hold some rows, but not all, in common.
+    """
+    parts = _row_parts(mesh, rules)
+    groups = sorted({tuple(own) for own in parts.values()})
+    if sum(map(len, groups)) != rules.parts(mesh, "batch"):
+        sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        raise ValueError(
+            f"argument --mesh: {sizes} over {len(parts)} processes: some hold the same rows only in "
+            "part; expected sizes that place a row on as few processes as possible"
+        )
+    return groups.index(tuple(parts[jax.process_index()])), len(groups)
+
+
+def _row_parts(mesh: Mesh, rules: ShardingRules) -> dict[int, list[int]]:
+    """Process -> which of the parts of a batch's rows its devices hold, in order."""
+    axes = _axes(rules.batch)
+    sizes = [mesh.shape[axis] for axis in axes]
+    parts: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        at = dict(zip(mesh.axis_names, place, strict=True))
+        part = np.ravel_multi_index([at[axis] for axis in axes], sizes) if axes else 0
+        parts.setdefault(device.process_index, set()).add(int(part))
+    return {process: sorted(own) for process, own in parts.items()}
 
 
 def global_batch(batch: Any, mesh: Mesh, rules: ShardingRules) -> Any:
-    """This process's rows of a batch -> global arrays, their first dimension split over the mesh."""
+    """The rows of this process's group (see `data_group`) -> global arrays, split over the mesh."""
     sharding = NamedSharding(mesh, rules.spec(("batch",)))
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+    own, count = _row_parts(mesh, rules)[jax.process_index()], rules.parts(mesh, "batch")
+
+    def place(x: Any) -> jax.Array:
+        size = len(x) // len(own)  # rows of a part
+
+        def part(index: Any) -> Any:
+            first = own.index((index[0].start or 0) // size) * size
+            return x[(slice(first, first + size), *index[1:])]
+
+        return jax.make_array_from_callback((count * size, *x.shape[1:]), sharding, part)
+
+    return {name: place(x) for name, x in batch.items()}

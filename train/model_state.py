@@ -79,9 +79,11 @@ def model_state(config: ModelConfig, mesh: Mesh, rules: ShardingRules) -> ModelS
     """Traces a model (no arrays are made) and places its parameters by their logical axis names.
 
     Raises:
-        ValueError: a parameter that the rules or the mesh cannot place; the message names it.
+        ValueError: a parameter that the rules or the mesh cannot place, or sizes of the model that the mesh
+            does not divide; the message names them.
         NotImplementedError: a model with state besides its parameters.
     """
+    rules.check_model(config, mesh)
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     graph, state, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]  # flax types the filters
     if jax.tree.leaves(rest):

@@ -7,10 +7,12 @@ Compiles, for the whole pod, the step that `python -m train` would run there wit
 `--optimizer` and `--loss` options. The exit status is 0 if it fits, 1 if not, 2 for options that cannot work.
 """
 
+import dataclasses
 import logging
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +46,11 @@ class MeshShape:
     """How the pod's devices share the work."""
 
     data: int = -1
-    """copies of the model; -1 takes the devices that fsdp leaves"""
+    """copies of the model; -1 takes the devices that the others leave"""
     fsdp: int = 1
     """parts that parameters and optimizer state are split into"""
+    tensor: int = 1
+    """parts that heads, MLP and vocabulary are split into"""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def make(plan: Plan) -> PodStep:
     config = model_config(run, plan.vocab_size or get_preset(plan.preset).vocab_size)
     try:
         devices = tpu_aot.devices_of(plan.topology)
-        mesh = make_mesh(plan.mesh.data, plan.mesh.fsdp, _whole(plan, devices))
+        mesh = make_mesh(plan.mesh.data, plan.mesh.fsdp, _whole(plan, devices), tensor=plan.mesh.tensor)
         return compile_step(
             config,
             plan.optimizer,
@@ -114,19 +118,27 @@ def make(plan: Plan) -> PodStep:
 
 def _whole(plan: Plan, devices: list[Any]) -> list[Any]:
     """The devices, all of which the mesh has to use: a slice is paid for whole."""
-    data, fsdp = plan.mesh.data, plan.mesh.fsdp
-    used = data * fsdp if data != -1 else fsdp * max(len(devices) // max(fsdp, 1), 1)
+    sizes = dataclasses.asdict(plan.mesh)
+    data = sizes.pop("data")
+    others = math.prod(sizes.values())
+    used = others * (data if data != -1 else max(len(devices) // max(others, 1), 1))
     if used > 0 and used != len(devices):  # `make_mesh` refuses sizes that are not positive
         raise ConfigError(
-            f"argument --mesh: data {data} x fsdp {fsdp} is {used} devices, expected all {len(devices)} of "
-            f"{plan.topology}"
+            f"argument --mesh: {_shape({'data': data, **sizes})} is {used} devices, expected all "
+            f"{len(devices)} of {plan.topology}"
         )
     return devices
 
 
+def _shape(sizes: Mapping[str, int]) -> str:
+    """A mesh's axes; those beside data and fsdp only where they are used."""
+    used = {axis: size for axis, size in sizes.items() if axis in ("data", "fsdp") or size != 1}
+    return " x ".join(f"{axis} {size}" for axis, size in used.items())
+
+
 def show(plan: Plan, step: PodStep, console: Console) -> None:
     """Prints the report."""
-    shape = " x ".join(f"{axis} {size}" for axis, size in step.mesh.shape.items())
+    shape = _shape(step.mesh.shape)
     tokens = plan.batch * plan.seq_len
     console.print(
         f"{plan.preset}: {step.model.num_parameters:,} parameters, {plan.optimizer.name}, remat "

@@ -99,13 +99,13 @@ def compile_step(
         ValueError: sizes that the mesh does not divide, naming them.
     """
     tpu_aot.prepare()
-    parts = mesh.size * optimizer_config.accumulate
-    if batch % parts:
+    rules = ShardingRules()
+    parts = rules.parts(mesh, "batch")
+    if batch % (parts * optimizer_config.accumulate):
         raise ValueError(
-            f"batch {batch}: expected a multiple of {mesh.size} devices x {optimizer_config.accumulate} "
+            f"batch {batch}: expected a multiple of {parts} devices x {optimizer_config.accumulate} "
             "micro-batches"
         )
-    rules = ShardingRules()
     model = model_state(config, mesh, rules)
     schedule = make_schedule(optimizer_config, 1000)
     optimizer = make_optimizer(optimizer_config, schedule, model.logical_axes)

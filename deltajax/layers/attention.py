@@ -5,12 +5,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from deltajax.layers.attention_cache import AttentionCache, Layout, layout_of
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
 from deltajax.layers.rotary import RotaryEmbedding
+from deltajax.layers.sharding import op_sharding
 from deltajax.ops.checks import check_segment_ids
 
 
@@ -115,7 +117,8 @@ class Attention(nnx.Module):
         if self.rotary is not None:
             q, k = self.rotary(q, layout.position), self.rotary(k, layout.position)
         if cache is None:
-            return self._output(self._attend_alone(q, k, v, layout, segment_ids is not None), segment_ids)
+            o = self._split_over_mesh(q, k, v, layout, segment_ids is not None)
+            return self._output(o, segment_ids)
 
         new_cache = cache.append(k, v, layout)
         if T == 1:  # the token is its own last key: the ring holds everything it sees
@@ -146,6 +149,22 @@ class Attention(nnx.Module):
         if self.window_size is not None:
             mask = mask & (distance < self.window_size)
         return mask[:, None]
+
+    def _split_over_mesh(self, q, k, v, layout: Layout, packed: bool) -> Float[Array, "B T N K"]:
+        """`_attend_alone`, under `shard_ops` by each device for its own rows and heads."""
+        where = op_sharding()
+        if where is None:
+            return self._attend_alone(q, k, v, layout, packed)
+        heads = where.split_heads(self.num_heads, "query heads")
+        where.split_heads(self.num_kv_heads, "key/value heads")
+        rows = where.dividing(where.batch, q.shape[0]) or None
+        per_token = P(rows, None, heads)
+        return jax.shard_map(
+            lambda q, k, v, layout: self._attend_alone(q, k, v, layout, packed),
+            mesh=where.mesh,
+            in_specs=(per_token, per_token, per_token, P(rows)),
+            out_specs=per_token,
+        )(q, k, v, layout)
 
     def _attend_alone(self, q, k, v, layout: Layout, packed: bool) -> Float[Array, "B T N K"]:
         """Attention among a call's own tokens; in a window, by blocks once that makes fewer logits."""

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from deltajax.layers.sharding import OpSharding, op_sharding
+from deltajax.layers.sharding import MatrixGradient, OpSharding, op_sharding
 from deltajax.ops.problem import vary_alike
 
 # Numbers of logits held at a time on a device: 256 MiB in float32, enough rows to fill a chip's matrix units.
@@ -115,29 +115,21 @@ def _sharded(hidden, kernel, targets, mask, options, where: OpSharding, grads) -
     )
     # Along an axis of the rows a device needs the whole kernel; along others it can do with its columns.
     columns = tuple(axis for axis in vocab if axis not in rows)
-    scattered = [
-        (dim, axes) for dim, axes in enumerate((embed, vocab)) if axes and all(axis in rows for axis in axes)
-    ]
-    summed = tuple(axis for axis in rows if not any(axis in axes for _, axes in scattered))
+    gradient = MatrixGradient.of(rows, (embed, vocab), ((), columns))
 
     def local(hidden, kernel, targets, mask):
         loss, d_hidden, d_kernel = _chunked(hidden, kernel, targets, mask, options, columns, grads)
         loss = jax.lax.psum(loss, rows)
         if not grads:
             return loss, None, None
-        for dim, axes in scattered:
-            d_kernel = jax.lax.psum_scatter(d_kernel, axes, scatter_dimension=dim, tiled=True)
-        return loss, d_hidden, jax.lax.psum(d_kernel, summed)
+        return loss, d_hidden, gradient.reduce(d_kernel)
 
-    own: list[Any] = [None, columns or None]  # where the kernel's gradient lies
-    for dim, axes in scattered:
-        own[dim] = axes
     per_row = P(rows or None)
     return jax.shard_map(
         local,
         mesh=where.mesh,
         in_specs=(per_row, P(None, columns or None), per_row, per_row),
-        out_specs=(P(), per_row if grads else None, P(*own) if grads else None),
+        out_specs=(P(), per_row if grads else None, gradient.spec if grads else None),
     )(hidden, kernel, targets, mask)
 
 

@@ -2,7 +2,8 @@
 
 XLA cannot cut a Pallas kernel in pieces by itself, nor a loop over chunks of tokens. Rows and heads are
 independent of each other, so each device runs the op on its own: `shard_ops` says along which mesh axes, and
-the layers do the rest with `jax.shard_map`.
+the layers do the rest with `jax.shard_map`. Where a matrix's gradient is made there too, it is summed over
+the devices in the accumulators' dtype, straight to where the matrix lies.
 """
 
 import contextlib
@@ -13,8 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 Axes = None | str | tuple[str, ...]
 
@@ -36,6 +38,19 @@ class OpSharding:
     def dividing(self, axes: Axes, size: int) -> tuple[str, ...]:
         """The axes, or none where they do not divide a dimension of that size."""
         return () if size % self.size(axes) else axis_names(axes)
+
+    def split_heads(self, count: int, what: str) -> Axes:
+        """The heads' axes.
+
+        Raises:
+          ValueError: they do not divide this number of heads; ``what`` names them.
+        """
+        if count % self.size(self.heads):
+            raise ValueError(
+                f"shard_ops(heads={self.heads!r}): {count} {what} do not split over "
+                f"{self.size(self.heads)} devices"
+            )
+        return self.heads
 
 
 def axis_names(axes: Axes) -> tuple[str, ...]:
@@ -60,9 +75,10 @@ def shard_ops(
     Args:
       mesh: all its axes; along those not named below the op is repeated.
       batch: mesh axes of the rows. Rows that they do not divide are not split.
-      heads: mesh axes of the heads; they must divide the number of query heads.
-      embed, vocab: mesh axes of the LM head's dimensions, for `linear_cross_entropy`; without effect where
-        they do not divide them.
+      heads: mesh axes of the heads; they must divide the number of query heads, and in attention layers that
+        of key/value heads.
+      embed, vocab: mesh axes of the embedding table's and the LM head's dimensions, for the lookup and for
+        `linear_cross_entropy`; without effect where they do not divide them.
     """
     token = _ACTIVE.set(OpSharding(mesh, batch, heads, embed, vocab))
     try:
@@ -88,15 +104,8 @@ def run_op(op: Callable[..., Any], arrays: dict[str, Any], **options: Any) -> An
     where = op_sharding()
     if where is None:
         return op(**arrays, **options)
-    rows, heads = where.batch, where.heads
-    batch = arrays["q"].shape[0]
-    if batch % where.size(rows):
-        rows = None
-    if arrays["q"].shape[2] % where.size(heads):
-        raise ValueError(
-            f"shard_ops(heads={heads!r}): {arrays['q'].shape[2]} query heads do not split over "
-            f"{where.size(heads)} devices"
-        )
+    rows = where.dividing(where.batch, arrays["q"].shape[0])
+    heads = where.split_heads(arrays["q"].shape[2], "query heads")
     per_token = P(rows, None, heads)  # further axes are whole
     specs = {name: per_token for name in ("q", "k", "v", "g", "beta")}
     specs |= {"gate": P(heads), "initial_state": P(rows, heads), "segment_ids": P(rows)}
@@ -109,3 +118,48 @@ def run_op(op: Callable[..., Any], arrays: dict[str, Any], **options: Any) -> An
         out_specs=(per_token, P(rows, heads)),
     )
     return split(given)
+
+
+def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """``x``, laid out with its rows as `shard_ops` says and its channels whole; ``x`` itself where inactive.
+
+    Between blocks it keeps XLA from carrying the layout of a matrix into the residual stream.
+    """
+    where = op_sharding()
+    if where is None:
+        return x
+    rows = where.dividing(where.batch, x.shape[0])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, P(rows or None)))
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixGradient:
+    """How the gradient of a matrix, made by every device for its own tokens, gets to where the matrix lies.
+
+    Attributes:
+      scattered: dimensions that lie on axes of the tokens, with these axes.
+      summed: the tokens' other axes.
+      spec: where the matrix's gradient lies then.
+    """
+
+    scattered: tuple[tuple[int, tuple[str, ...]], ...]
+    summed: tuple[str, ...]
+    spec: P
+
+    @classmethod
+    def of(
+        cls, tokens: tuple[str, ...], placement: tuple[tuple[str, ...], ...], cut: tuple[tuple[str, ...], ...]
+    ) -> "MatrixGradient":
+        """Of a matrix with that placement, of which a device makes the gradient cut along the axes `cut`."""
+        scattered = tuple((dim, x) for dim, x in enumerate(placement) if x and all(a in tokens for a in x))
+        own: list[Any] = [x or None for x in cut]
+        for dim, x in scattered:
+            own[dim] = x
+        summed = tuple(a for a in tokens if not any(a in x for _, x in scattered))
+        return cls(scattered, summed, P(*own))
+
+    def reduce(self, gradient: Array) -> Array:
+        """Inside `jax.shard_map`: a device's part of the sum over all of them."""
+        for dim, axes in self.scattered:
+            gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+        return jax.lax.psum(gradient, self.summed)

@@ -15,6 +15,7 @@ from deltajax.layers import (
     RMSNorm,
     SwiGLU,
 )
+from deltajax.layers.sharding import shard_tokens
 from deltajax.models.config import ModelConfig
 
 LayerCache = DeltaCache | AttentionCache
@@ -51,8 +52,8 @@ class Block(nnx.Module):
         """Applies the block; the cache is None when none is given."""
         mixed = self.mixer(self.attn_norm(x), segment_ids=segment_ids, cache=cache)
         y, cache = (mixed, None) if cache is None else mixed
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = shard_tokens(x + y)
+        return shard_tokens(x + self.mlp(self.mlp_norm(x))), cache
 
     def init_cache(self, batch: int, max_length: int) -> LayerCache:
         """The mixer's empty cache."""

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from deltajax.layers import RMSNorm
+from deltajax.layers.embedding import embed_tokens
 from deltajax.layers.parameters import parameter
 from deltajax.models.config import ModelConfig
 from deltajax.models.groups import group_layers
@@ -81,7 +82,7 @@ class LanguageModel(nnx.Module):
         Returns:
           hidden [B, T, D] in the compute dtype; `(hidden, cache)` when a cache is given.
         """
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.config.dtype)
+        x = embed_tokens(self.embedding[...], tokens, self.config.dtype)
         new_cache = []
         for i, group in enumerate(self.groups):
             x, new = group(x, segment_ids=segment_ids, cache=None if cache is None else cache[i])

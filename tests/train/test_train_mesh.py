@@ -2,19 +2,26 @@
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
+import types
 
+import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from tests.train.train_common import TINY, losses, run, write_text
-from train.mesh import ShardingRules, make_mesh
+from deltajax.models import get_preset
+from tests.train.train_common import TINY, environment, losses, run, write_text
+from train.mesh import MESH_AXES, ShardingRules, data_group, make_mesh
 
 # Reductions over devices add in another order than one device does; a few steps amplify that little.
 SHARDED_RTOL = 1e-5
 
 
 def test_rules_place_logical_axes():
-    assert ShardingRules().spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", None)
+    assert ShardingRules().spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
     assert ShardingRules().spec(("batch",)) == PartitionSpec(("data", "fsdp"))
 
 
@@ -69,3 +76,72 @@ def test_dimension_the_mesh_does_not_divide_is_named(tmp_path, text):
     )  # fmt: skip
     assert done.returncode == 2
     assert "parameter" in done.stderr and "not divisible by mesh axis 'fsdp' of size 3" in done.stderr
+
+
+def curves(*args):
+    """`tests.train.mesh_curves`, in a process of its own with 8 devices."""
+    flags = "--xla_backend_optimization_level=0"
+    return subprocess.run(
+        [sys.executable, "-m", "tests.train.mesh_curves", *args],
+        env=environment() | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_meshes_give_one_devices_curve_and_gather_no_activations():
+    done = curves("--small")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "largest" in done.stdout
+
+
+@pytest.mark.slow  # four models on four meshes
+def test_every_model_has_one_devices_curve_on_every_mesh():
+    done = curves()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "preset, changes, tensor, message",
+    [
+        ("tiny_kda", {}, 4, "argument --mesh.tensor 4: expected a divisor of the model's num_heads 2"),
+        ("tiny_hybrid", dict(num_heads=4, attn_num_kv_heads=2), 4, "attn_num_kv_heads 2"),
+        ("tiny_delta_net", dict(num_heads=3), 3, "intermediate_size 320"),
+        ("tiny_delta_net", dict(num_heads=8), 8, "vocab_size 260"),
+    ],
+)
+def test_what_tensor_parallelism_cannot_split_is_named(preset, changes, tensor, message):
+    mesh = types.SimpleNamespace(shape=dict(data=1, fsdp=1, tensor=tensor))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ShardingRules().check_model(get_preset(preset).replace(**changes), mesh)
+
+
+def fake_mesh(shape, processes):
+    """A mesh of devices of several processes, in their order."""
+    devices = np.array([types.SimpleNamespace(process_index=i) for i in range(processes)])
+    devices = devices.repeat(np.prod(shape) // processes).reshape(shape)
+    sizes = dict(zip(MESH_AXES, shape, strict=True))
+    return types.SimpleNamespace(devices=devices, axis_names=MESH_AXES, shape=sizes)
+
+
+@pytest.mark.parametrize(
+    "shape, processes, groups",
+    [
+        ((8, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((1, 4, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 1, 4), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes hold the same rows
+        ((1, 1, 8), 4, [(0, 1)] * 4),
+    ],
+)
+def test_processes_that_hold_the_same_rows_read_the_same_rows(shape, processes, groups, monkeypatch):
+    mesh = fake_mesh(shape, processes)
+    found = []
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda *_, process=process: process)
+        found.append(data_group(mesh, ShardingRules()))
+    assert found == groups
+
+
+def test_processes_that_share_rows_in_part_are_refused():
+    with pytest.raises(ValueError, match="argument --mesh: data 2 x fsdp 1 x tensor 3 over 3 processes"):
+        data_group(fake_mesh((2, 1, 3), 3), ShardingRules())

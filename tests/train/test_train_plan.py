@@ -43,7 +43,7 @@ def test_the_mesh_keeps_a_pods_neighbours_together_and_may_split_its_axes(topolo
     devices = tpu_aot.devices_of(topology)
     mesh = make_mesh(-1, fsdp, devices)
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
-    for group in mesh.devices:  # devices along fsdp lie in one box of exactly their number
+    for group in mesh.devices.reshape(-1, fsdp):  # along fsdp, in one box of exactly their number
         ranges = zip(*(d.coords for d in group), strict=True)
         assert math.prod(max(x) - min(x) + 1 for x in ranges) == fsdp
 

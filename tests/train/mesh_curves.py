@@ -1,0 +1,132 @@
+"""Loss curves of a model on several meshes of 8 CPU devices, beside one device's: a table of differences.
+
+    uv run python -m tests.train.mesh_curves           # every model on every mesh, 20 steps
+    uv run python -m tests.train.mesh_curves --small   # the part that the default tests run
+
+Each cell is the largest relative difference of a step's loss, or of the evaluation after the last step. The
+exit status is 0 if all are below `TOLERANCE` and no compiled step gathers what has a token dimension (q, k,
+v, g).
+"""
+
+import argparse
+import os
+import re
+import sys
+
+TOLERANCE = 1e-5
+MESHES = {
+    "data 8": dict(data=8, fsdp=1),
+    "fsdp 8": dict(data=1, fsdp=8),
+    "data 2, fsdp 2, tensor 2": dict(data=2, fsdp=2, tensor=2),
+}
+MODELS = {
+    "DeltaNet": ("delta_net",),
+    "Gated DeltaNet": ("gated_delta_net",),
+    "KDA": ("kda",),
+    "hybrid": ("gated_delta_net", "sliding_window", "kda", "full_attention"),
+}
+
+
+def model_config(pattern, seq_len, layers):
+    from deltajax.models import get_preset
+
+    # Two key heads for four value heads, and two key/value heads for four query heads: groups stay together.
+    return get_preset("tiny_delta_net").replace(
+        num_layers=layers, layer_pattern=pattern[:layers], hidden_size=64, num_heads=2, num_v_heads=4,
+        head_dim=16, head_v_dim=16, intermediate_size=96, attn_num_heads=4, attn_num_kv_heads=2,
+        window_size=seq_len // 6,
+    )  # fmt: skip
+
+
+def batches(count, rows, seq_len, vocab):
+    """Packed rows: documents of 3 to seq_len / 2 tokens, whose every second token repeats the one before."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        ids = np.zeros((rows, seq_len), np.int32)
+        for row in ids:
+            start, n = 0, 0
+            while start < seq_len - 3 and n < 9:
+                end, n = min(start + int(rng.integers(3, seq_len // 2)), seq_len), n + 1
+                row[start:end] = n
+                start = end
+            if rng.random() < 0.5:
+                row[start - 2 :] = 0  # padding at the end
+        tokens = rng.integers(0, vocab, size=(rows, seq_len + 1)).astype(np.int32)
+        tokens[:, 2::2] = tokens[:, 0:-2:2]
+        yield {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ids}
+
+
+def curve(config, sizes, steps, rows, seq_len):
+    """Losses of the steps, then that of an evaluation, on a mesh of those sizes; and the compiled step."""
+    import jax
+    import jax.numpy as jnp
+
+    from train.config import OptimizerConfig
+    from train.mesh import ShardingRules, global_batch, make_mesh
+    from train.model_state import model_state
+    from train.optimizer import make_optimizer, make_schedule
+    from train.step import make_eval_step, make_train_step
+
+    mesh, rules = make_mesh(**sizes), ShardingRules()
+    model = model_state(config, mesh, rules)
+    options = OptimizerConfig(warmup_steps=4)
+    schedule = make_schedule(options, steps)
+    optimizer = make_optimizer(options, schedule, model.logical_axes)
+    state = model.init_train_state(optimizer, seed=0)
+    shardings = jax.tree.map(lambda x: x.sharding, model.abstract_train_state(optimizer))
+    step = make_train_step(model.model, optimizer, schedule, shardings, mesh, rules)
+    ok, losses, compiled = jnp.ones((), bool), [], None
+    for batch in batches(steps, rows, seq_len, config.vocab_size):
+        batch = global_batch(batch, mesh, rules)
+        compiled = compiled or step.lower(state, batch, ok).compile()
+        state, metrics = compiled(state, batch, ok)
+        ok = metrics.ok
+        losses.append(float(metrics.loss))
+    total, count = make_eval_step(model.model, model.shardings, mesh, rules)(state.params, batch)
+    return [*losses, float(total) / float(count)], compiled.as_text()
+
+
+def moved_tokens(text, seq_len):
+    """Types of the compiled step's gathers and exchanges of arrays with a dimension of `seq_len` tokens."""
+    found = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
+    return [kind for kind in found if re.search(rf"[\[,]{seq_len}[,\]]", kind)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--small", action="store_true", help="a two-layer hybrid, the last two meshes, 6 steps"
+    )
+    small = parser.parse_args().small
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ |= {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+    models = {"hybrid": ("gated_delta_net", "full_attention")} if small else MODELS
+    meshes = list(MESHES)[-2:] if small else list(MESHES)
+    steps, rows, seq_len = (6, 8, 40) if small else (20, 8, 88)
+    width = max(map(len, MODELS)) + 2
+    print("".ljust(width) + " | ".join(meshes), flush=True)
+    worst = 0.0
+    for name, pattern in models.items():
+        config = model_config(pattern, seq_len, layers=max(2, len(pattern)))
+        one, _ = curve(config, dict(data=1, fsdp=1), steps, rows, seq_len)
+        assert one[-1] < one[0], f"{name} does not learn: {one}"
+        cells = []
+        for mesh in meshes:
+            many, text = curve(config, MESHES[mesh], steps, rows, seq_len)
+            if moved := moved_tokens(text, seq_len):
+                print(f"{name} on {mesh} moves {moved}", flush=True)
+                worst = float("inf")
+            cells.append(max(abs(a - b) / abs(b) for a, b in zip(many, one, strict=True)))
+        print(
+            name.ljust(width)
+            + " | ".join(f"{x:.1e}".ljust(len(m)) for x, m in zip(cells, meshes, strict=True))
+        )
+        worst = max(worst, *cells)
+    print(f"largest: {worst:.1e}", flush=True)
+    return 0 if worst < TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
