@@ -40,17 +40,24 @@ def _main(args: list[str] | None) -> int:
     from train.config import ConfigError, parse
     from train.documents import DataError
     from train.loop import train
+    from train.processes import Processes
 
     config = parse(args)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file at WARNING
+    processes = Processes()
     try:
-        return train(config)
-    except (ConfigError, DataError, FileNotFoundError) as error:
+        status = train(config, processes)
+    except (ConfigError, DataError, FileNotFoundError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        status = 1 if isinstance(error, CheckpointError) else 2
+        if processes.count > 1:
+            processes.leave(status)
+    except Exception as error:
+        if processes.count > 1:
+            processes.fail(error)
+        raise
+    processes.dismiss()
+    return status
 
 
 if __name__ == "__main__":

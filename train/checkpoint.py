@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from grain.checkpoint import CheckpointSave
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
@@ -42,6 +44,12 @@ def _digest(state: TrainState) -> jax.Array:
     for x in jax.tree.leaves(state):
         total = total * jnp.uint32(31) + leaf(x)
     return total
+
+
+def _in_any_process(yes: bool) -> bool:
+    if jax.process_count() == 1:
+        return yes
+    return bool(np.max(multihost_utils.process_allgather(np.array([yes]))))
 
 
 class CheckpointError(RuntimeError):
@@ -155,8 +163,32 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract: TrainState, data: Any, config: dict[str, Any]) -> Restored:
-        saved = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-        digest = int(saved.pop("digest"))
+        # Not by the manager, which waits for all processes: each reads its own parts, so one may fail where
+        # the others do not. Then none may take this checkpoint.
+        place = epath.Path(self.directory) / str(step)
+        try:
+            saved = ocp.JsonCheckpointHandler().restore(place / "config", args=ocp.args.JsonRestore())
+            digest = int(saved.pop("digest"))
+            self._check_fits(step, saved, config)
+            self._restore_data(step, data)
+            restored = ocp.StandardCheckpointHandler().restore(
+                place / "state", args=ocp.args.StandardRestore(abstract)
+            )
+            failed = None
+        except ConfigError:  # the same in every process
+            raise
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            failed = error
+        if _in_any_process(failed is not None):
+            try:
+                raise failed or ValueError("another process cannot read its part")
+            finally:
+                del failed  # its traceback holds what was read, and this frame would hold it
+        if int(_digest(restored)) != digest:
+            raise ValueError("its arrays do not match their checksum")
+        return Restored(restored, saved)
+
+    def _check_fits(self, step: int, saved: dict[str, Any], config: dict[str, Any]) -> None:
         for part, what, free in (
             ("model", "model", ARITHMETIC),
             ("optimizer_state", "optimizer", frozenset()),
@@ -170,13 +202,6 @@ class Checkpoints:
                     + ", ".join(f"{name} is {a!r} there and {b!r} here" for name, (a, b) in changed.items())
                     + "; choose another --run-dir"
                 )
-        self._restore_data(step, data)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )
-        if int(_digest(restored.state)) != digest:
-            raise ValueError("its arrays do not match their checksum")
-        return Restored(restored.state, saved)
 
     def _restore_data(self, step: int, data: Any) -> None:
         """Every process reads the positions of all that saved: there may have been more or fewer of them."""

@@ -172,13 +172,18 @@ class MeshConfig:
     tensor: int = 1
     """parts that heads, MLP and vocabulary are split into; divides the model's numbers of heads"""
     distributed: bool = False
-    """this is one of several processes; JAX finds the others on Slurm, MPI, Cloud TPU and Kubernetes"""
+    """this is one of several processes; JAX finds the others on Cloud TPU pods (Compute Engine and GKE),
+    Slurm, Open MPI and Kubernetes; one process per TPU host, and on Slurm and Open MPI one per GPU"""
     coordinator: str | None = None
     """where it cannot: host:port of process 0"""
     num_processes: int | None = None
     """where it cannot: how many processes"""
     process_id: int | None = None
     """where it cannot: which of them this is, from 0"""
+    join_within: int = 300
+    """seconds that all processes may take to come together at the start"""
+    lost_after: int = 60
+    """seconds without a sign of life after which a process is lost, and the others end"""
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,8 @@ class TrainConfig:
             "--checkpoint.keep": self.checkpoint.keep,
             "--mesh.fsdp": self.mesh.fsdp,
             "--mesh.tensor": self.mesh.tensor,
+            "--mesh.join-within": self.mesh.join_within,
+            "--mesh.lost-after": self.mesh.lost_after,
             "--log.every": self.log.every,
             "--log.peak-tflops": 1 if self.log.peak_tflops is None else self.log.peak_tflops,
         }
@@ -243,6 +250,11 @@ class TrainConfig:
             raise ConfigError(
                 "argument --mesh.coordinator: goes with --mesh.num-processes, --mesh.process-id and "
                 "--mesh.distributed"
+            )
+        port = "" if self.mesh.coordinator is None else self.mesh.coordinator.rpartition(":")[2]
+        if self.mesh.coordinator is not None and not (port.isdecimal() and int(port) < 2**16):
+            raise ConfigError(
+                f"argument --mesh.coordinator: must be host:port, got {self.mesh.coordinator!r}"
             )
         if self.data.batch_size % self.optimizer.accumulate:
             raise ConfigError(

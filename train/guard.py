@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import jax
+from jax.experimental import multihost_utils
+
 from train.config import ConfigError
 
 
@@ -20,21 +23,43 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def agreed(self, step: int) -> bool:
+        """Whether to stop after this step: of several processes, the same answer in each.
+
+        Ask after every step. A signal to one process reaches the others through JAX's preemption service,
+        within about a second and a step; no step waits for it.
+        """
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return bool(self)
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turns SIGTERM and SIGINT into a `StopRequest` that the loop reads between steps."""
+    """Turns SIGTERM and SIGINT into a `StopRequest` that the loop reads between steps.
+
+    Of several processes, SIGTERM is left to the handler that `jax.distributed.initialize` installed, and
+    SIGINT is passed on to it.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
         yield request
         return
+    several, interrupted = jax.process_count() > 1, False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
+        nonlocal interrupted
+        if number == signal.SIGINT:
+            if interrupted or request:
+                raise KeyboardInterrupt
+            interrupted = True
+        if several:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            request.signal = signal.Signals(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
     finally:

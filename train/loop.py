@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from deltajax.models import LanguageModel, flops_per_token
 from train import config as options
@@ -27,6 +25,7 @@ from train.mixture import Data, load_data
 from train.model_state import ModelState, model_state
 from train.objective import batch_loss_sum
 from train.optimizer import make_optimizer, make_schedule, state_layout
+from train.processes import Processes
 from train.report import Report
 from train.sample import sample_text
 from train.step import StepMetrics, TrainState, make_eval_step, make_train_step
@@ -46,8 +45,12 @@ _SHAPES_TRAINING = (
 _BIGRAM_TOKENS = 4_000_000
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, processes: Processes) -> int:
     """Runs (or resumes) training.
+
+    Args:
+        config: the options.
+        processes: joined here, once the options are checked.
 
     Returns:
         The exit status: 0 when complete, 1 when stopped by a loss that is not finite, 128 + the signal's
@@ -59,14 +62,13 @@ def train(config: TrainConfig) -> int:
         CheckpointError: a run directory whose checkpoints are all damaged.
     """
     config.check()
-    if config.mesh.distributed:
-        jax.distributed.initialize(config.mesh.coordinator, config.mesh.num_processes, config.mesh.process_id)
-    first = jax.process_index() == 0
+    processes.join(config.mesh)
+    first = processes.index == 0
     report = Report(enabled=first, every=config.log.every)
     directory = Path(config.run_dir or f"runs/{config.preset}")
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"argument --run-dir: {directory} is a file")
-    run = Run.build(config, directory, report)
+    run = Run.build(config, directory, report, processes)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -84,6 +86,7 @@ class Run:
     config: TrainConfig
     directory: Path
     report: Report
+    processes: Processes
     data: Data
     model: ModelState
     rules: ShardingRules = field(default_factory=ShardingRules)
@@ -91,7 +94,7 @@ class Run:
     _told_bad: int = 0  # of the bad records skipped, those reported
 
     @classmethod
-    def build(cls, config: TrainConfig, directory: Path, report: Report) -> "Run":
+    def build(cls, config: TrainConfig, directory: Path, report: Report, processes: Processes) -> "Run":
         """Reads or opens the data and traces the model; makes no arrays and writes nothing."""
         data = load_data(config.data)
         try:
@@ -108,7 +111,7 @@ class Run:
                 f"argument --data.batch-size: {config.data.batch_size} rows do not split over "
                 f"{parts} devices x {config.optimizer.accumulate} micro-batches"
             )
-        run = cls(config, directory, report, data, model)
+        run = cls(config, directory, report, processes, data, model)
         try:
             run._trace()
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -251,6 +254,7 @@ class Run:
         ok = jnp.ones((), bool)
         pending: tuple[int, StepMetrics, Batch] | None = None
         for step in range(start + 1, config.steps + 1):
+            self.processes.now(f"in step {step}")
             batch = next(data)
             state, metrics = train_step(state, global_batch(batch, self.model.mesh, self.rules), ok)
             ok = metrics.ok
@@ -260,7 +264,7 @@ class Run:
                 write(self._line(*pending, state, throughput))
             pending = (step, metrics, batch)
 
-            stopping = self._must_stop(stop, step)
+            stopping = stop.agreed(step)
             last = step == config.steps or stopping
             evaluate = (step % config.eval.every == 0 or last) and not stopping
             save = step % config.checkpoint.every == 0 or last
@@ -297,16 +301,6 @@ class Run:
             raise NonFiniteError(step, loss, grad_norm, state, batch, self._saved_config)
         line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         return line | {"tokens": int(tokens)} | throughput.update(tokens)
-
-    def _must_stop(self, stop: StopRequest, step: int) -> bool:
-        if jax.process_count() == 1:
-            return bool(stop)
-        if step % self.config.log.every:  # asking every process makes all wait for each other
-            return False
-        asked = multihost_utils.process_allgather(np.array([stop.signal or 0]))
-        if asked.max():
-            stop.signal = signal.Signals(int(asked.max()))
-        return bool(stop)
 
     def evaluate(self, state: TrainState) -> float:
         """Mean loss on the held-out batches, nats per token."""
