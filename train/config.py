@@ -169,6 +169,8 @@ class MeshConfig:
     """copies of the model; -1 takes the devices that the others leave"""
     fsdp: int = 1
     """parts that parameters and optimizer state are split into"""
+    context: int = 1
+    """parts that each row's tokens are split into (context parallelism); divides their number"""
     tensor: int = 1
     """parts that heads, MLP and vocabulary are split into; divides the model's numbers of heads"""
     distributed: bool = False
@@ -235,6 +237,7 @@ class TrainConfig:
             "--checkpoint.every": self.checkpoint.every,
             "--checkpoint.keep": self.checkpoint.keep,
             "--mesh.fsdp": self.mesh.fsdp,
+            "--mesh.context": self.mesh.context,
             "--mesh.tensor": self.mesh.tensor,
             "--mesh.join-within": self.mesh.join_within,
             "--mesh.lost-after": self.mesh.lost_after,
@@ -255,6 +258,11 @@ class TrainConfig:
         if self.mesh.coordinator is not None and not (port.isdecimal() and int(port) < 2**16):
             raise ConfigError(
                 f"argument --mesh.coordinator: must be host:port, got {self.mesh.coordinator!r}"
+            )
+        if self.data.seq_len % self.mesh.context:
+            raise ConfigError(
+                f"argument --mesh.context: {self.mesh.context} does not divide --data.seq-len "
+                f"{self.data.seq_len}"
             )
         if self.data.batch_size % self.optimizer.accumulate:
             raise ConfigError(

@@ -19,7 +19,7 @@ from train.config import ConfigError, TrainConfig
 from train.data import Batch, eval_batches, train_batches
 from train.failure import NonFiniteError, save_failure
 from train.guard import StopRequest, only_run_in, stop_on_signals
-from train.mesh import ShardingRules, data_group, global_batch, make_mesh
+from train.mesh import MESH_AXES, ShardingRules, data_group, global_batch, make_mesh
 from train.metrics import MetricsFile, Throughput, peak_flops
 from train.mixture import Data, load_data
 from train.model_state import ModelState, model_state
@@ -98,7 +98,8 @@ class Run:
         """Reads or opens the data and traces the model; makes no arrays and writes nothing."""
         data = load_data(config.data)
         try:
-            mesh = make_mesh(config.mesh.data, config.mesh.fsdp, tensor=config.mesh.tensor)
+            sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
+            mesh = make_mesh(**sizes)
             data_group(mesh, ShardingRules())
             model = model_state(
                 options.model_config(config, data.tokenizer.vocab_size), mesh, ShardingRules()

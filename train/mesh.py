@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deltajax.layers import shard_ops
 from deltajax.models import ModelConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 # A logical axis lies on no mesh axis (replicated), on one, or on several.
 Placement = None | str | tuple[str, ...]
 
@@ -27,10 +27,12 @@ class ShardingRules:
     Parameters are split over "fsdp" along their embedding dimension, of which every large matrix has exactly
     one; what has none (decay rates, convolution taps, the second matrices of KDA's low-rank gates) is small
     and not split there. Over "tensor" go heads, the MLP's width and the vocabulary: of the parameters, and of
-    the activations between a block's first matrices and its last. Activations are split along the batch.
+    the activations between a block's first matrices and its last. Activations are split along the batch
+    and, over "context", along the sequence.
     """
 
     batch: Placement = ("data", "fsdp")
+    sequence: str | None = "context"
     embed: Placement = "fsdp"
     vocab: Placement = "tensor"
     heads: Placement = "tensor"
@@ -65,7 +67,13 @@ class ShardingRules:
 
     def shard_ops(self, mesh: Mesh) -> contextlib.AbstractContextManager[None]:
         """While active, layers split their ops and the loss over the mesh as these rules place them."""
-        return shard_ops(mesh, self.batch, self.heads, embed=self.embed, vocab=self.vocab)
+        return shard_ops(
+            mesh, self.batch, self.heads, sequence=self.sequence, embed=self.embed, vocab=self.vocab
+        )
+
+    def tokens(self, mesh: Mesh) -> NamedSharding:
+        """Where a batch's arrays [B, T] lie."""
+        return NamedSharding(mesh, self.spec(("batch", "sequence")))
 
     def parts(self, mesh: Mesh, logical_axis: str) -> int:
         """How many parts a mesh cuts that axis into."""
@@ -116,13 +124,16 @@ def _axes(placement: Placement) -> tuple[str, ...]:
     return () if placement is None else (placement,) if isinstance(placement, str) else placement
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None, *, tensor: int = 1) -> Mesh:
-    """A [data, fsdp, tensor] mesh over the available devices.
+def make_mesh(
+    data: int, fsdp: int, devices: Sequence[Any] | None = None, *, context: int = 1, tensor: int = 1
+) -> Mesh:
+    """A [data, fsdp, context, tensor] mesh over the available devices.
 
     Args:
         data: copies of the parameters; -1 takes every device left over by the others.
         fsdp: parts that parameters and optimizer state are split into.
         devices: None for `jax.devices()`.
+        context: parts that each row's tokens are split into.
         tensor: parts that heads, MLP and vocabulary are split into, of parameters and of activations.
 
     Raises:
@@ -130,14 +141,14 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None, *, ten
             idle; several processes must use all of them.
     """
     devices = jax.devices() if devices is None else devices
-    if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
-        raise ValueError(
-            f"mesh sizes must be positive (or data -1), got data={data}, fsdp={fsdp}, tensor={tensor}"
-        )
+    others = (fsdp, context, tensor)
+    if min(others) < 1 or (data < 1 and data != -1):
+        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, (data, *others), strict=True))
+        raise ValueError(f"mesh sizes must be positive (or data -1), got {sizes}")
     if data == -1:
-        data = max(1, len(devices) // (fsdp * tensor))
+        data = max(1, len(devices) // math.prod(others))
     # Tensor parallelism communicates most and comes last: its devices are the nearest neighbours.
-    shape = (data, fsdp, tensor)
+    shape = (data, *others)
     wanted = math.prod(shape)
     if wanted > len(devices) or (jax.process_count() > 1 and wanted != len(devices)):
         sizes = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
@@ -153,7 +164,7 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None, *, ten
 def data_group(mesh: Mesh, rules: ShardingRules) -> tuple[int, int]:
     """Which share of a batch's rows this process reads, and how many shares there are.
 
-    Processes whose devices hold the same rows (parts of their heads, say) read the same share.
+    Processes whose devices hold the same rows (parts of their tokens or heads) read the same share.
 
     Raises:
         ValueError: processes that hold some rows, but not all, in common.
@@ -182,8 +193,8 @@ def _row_parts(mesh: Mesh, rules: ShardingRules) -> dict[int, list[int]]:
 
 
 def global_batch(batch: Any, mesh: Mesh, rules: ShardingRules) -> Any:
-    """The rows of this process's group (see `data_group`) -> global arrays, split over the mesh."""
-    sharding = NamedSharding(mesh, rules.spec(("batch",)))
+    """The rows of this process's group (see `data_group`), whole -> global arrays, split over the mesh."""
+    sharding = rules.tokens(mesh)
     own, count = _row_parts(mesh, rules)[jax.process_index()], rules.parts(mesh, "batch")
 
     def place(x: Any) -> jax.Array:

@@ -49,6 +49,8 @@ class MeshShape:
     """copies of the model; -1 takes the devices that the others leave"""
     fsdp: int = 1
     """parts that parameters and optimizer state are split into"""
+    context: int = 1
+    """parts that each row's tokens are split into (context parallelism); divides their number"""
     tensor: int = 1
     """parts that heads, MLP and vocabulary are split into"""
 
@@ -103,7 +105,7 @@ def make(plan: Plan) -> PodStep:
     config = model_config(run, plan.vocab_size or get_preset(plan.preset).vocab_size)
     try:
         devices = tpu_aot.devices_of(plan.topology)
-        mesh = make_mesh(plan.mesh.data, plan.mesh.fsdp, _whole(plan, devices), tensor=plan.mesh.tensor)
+        mesh = make_mesh(**dataclasses.asdict(plan.mesh), devices=_whole(plan, devices))
         return compile_step(
             config,
             plan.optimizer,

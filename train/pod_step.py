@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from deltajax.models import ModelConfig, flops_per_token
 from train import program, tpu_aot
@@ -106,6 +106,8 @@ def compile_step(
             f"batch {batch}: expected a multiple of {parts} devices x {optimizer_config.accumulate} "
             "micro-batches"
         )
+    if seq_len % (context := rules.parts(mesh, "sequence")):
+        raise ValueError(f"seq_len {seq_len}: expected a multiple of --mesh.context {context}")
     model = model_state(config, mesh, rules)
     schedule = make_schedule(optimizer_config, 1000)
     optimizer = make_optimizer(optimizer_config, schedule, model.logical_axes)
@@ -114,8 +116,7 @@ def compile_step(
     step = make_train_step(
         model.model, optimizer, schedule, shardings, mesh, rules, optimizer_config.accumulate, z_loss
     )
-    rows = NamedSharding(mesh, rules.spec(("batch",)))
-    tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32, sharding=rows)
+    tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32, sharding=rules.tokens(mesh))
     data = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
     arguments: dict[str, Any] = dict(
         parameters=_device_bytes(state.params),

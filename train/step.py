@@ -36,11 +36,11 @@ class StepMetrics(NamedTuple):
 
 
 def micro_batches(batch: Batch, parts: int, mesh: Mesh, rules: ShardingRules) -> Batch:
-    """[B, T] -> [parts, B / parts, T], every device keeping its own rows.
+    """[B, T] -> [parts, B / parts, T], every device keeping its own tokens.
 
     Row b goes to micro-batch b % parts: a device's contiguous rows then spread evenly over all of them.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, *rules.spec(("batch",))))
+    sharding = NamedSharding(mesh, PartitionSpec(None, *rules.tokens(mesh).spec))
 
     def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
@@ -113,7 +113,7 @@ def make_train_step(
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         train_step,
-        in_shardings=(shardings, NamedSharding(mesh, rules.spec(("batch",))), replicated),
+        in_shardings=(shardings, rules.tokens(mesh), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
@@ -131,6 +131,6 @@ def make_eval_step(
 
     return jax.jit(
         eval_step,
-        in_shardings=(param_shardings, NamedSharding(mesh, rules.spec(("batch",)))),
+        in_shardings=(param_shardings, rules.tokens(mesh)),
         out_shardings=(replicated, replicated),
     )

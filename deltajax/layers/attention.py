@@ -14,6 +14,7 @@ from deltajax.layers.parameters import INITIALIZER_RANGE, linear
 from deltajax.layers.rotary import RotaryEmbedding
 from deltajax.layers.sharding import op_sharding
 from deltajax.ops.checks import check_segment_ids
+from deltajax.ops.halo import left_halo
 
 
 class Attention(nnx.Module):
@@ -21,6 +22,9 @@ class Attention(nnx.Module):
 
     Token t sees tokens s <= t of its own segment, and only t - s < window_size where a window is set.
     Rotary positions restart with every segment. `jax.nn.dot_product_attention` computes it.
+
+    Where `shard_ops` spreads a row's tokens over devices, each gathers the keys and values of all of them, or
+    receives as many as its window reaches.
 
     Memory: on the XLA path, full attention holds T x T logits per head, in the forward and the backward
     pass. With a window, a call without a cache holds at most T x 2 window_size. A call of T tokens with a
@@ -110,16 +114,14 @@ class Attention(nnx.Module):
         B, T, _ = x.shape
         if segment_ids is not None:
             check_segment_ids(segment_ids, B, T)
-        layout = layout_of(B, T, segment_ids, None if cache is None else cache.length)
         q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
         k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
-        if self.rotary is not None:
-            q, k = self.rotary(q, layout.position), self.rotary(k, layout.position)
         if cache is None:
-            o = self._split_over_mesh(q, k, v, layout, segment_ids is not None)
-            return self._output(o, segment_ids)
+            return self._output(self._split_over_mesh(q, k, v, segment_ids), segment_ids)
 
+        layout = layout_of(B, T, segment_ids, cache.length)
+        q, k = self._rotate(q, k, layout)
         new_cache = cache.append(k, v, layout)
         if T == 1:  # the token is its own last key: the ring holds everything it sees
             keys = _held(new_cache)
@@ -150,32 +152,59 @@ class Attention(nnx.Module):
             mask = mask & (distance < self.window_size)
         return mask[:, None]
 
-    def _split_over_mesh(self, q, k, v, layout: Layout, packed: bool) -> Float[Array, "B T N K"]:
-        """`_attend_alone`, under `shard_ops` by each device for its own rows and heads."""
+    def _rotate(self, q, k, layout: Layout) -> tuple[Array, Array]:
+        if self.rotary is None:
+            return q, k
+        return self.rotary(q, layout.position), self.rotary(k, layout.position)
+
+    def _split_over_mesh(self, q, k, v, segment_ids) -> Float[Array, "B T N K"]:
+        """`_attend_alone`, under `shard_ops` by each device for its own tokens and heads."""
         where = op_sharding()
         if where is None:
-            return self._attend_alone(q, k, v, layout, packed)
+            return self._attend_alone(q, k, v, segment_ids, None)
         heads = where.split_heads(self.num_heads, "query heads")
         where.split_heads(self.num_kv_heads, "key/value heads")
-        rows = where.dividing(where.batch, q.shape[0]) or None
-        per_token = P(rows, None, heads)
+        rows, sequence = (axes or None for axes in where.token_axes(q.shape))
+        ids = () if segment_ids is None else (segment_ids,)
+        per_head = P(rows, sequence, heads)
         return jax.shard_map(
-            lambda q, k, v, layout: self._attend_alone(q, k, v, layout, packed),
+            lambda q, k, v, *ids: self._attend_alone(
+                q, k, v, ids[0] if ids else None, where.sequence if sequence else None
+            ),
             mesh=where.mesh,
-            in_specs=(per_token, per_token, per_token, P(rows)),
-            out_specs=per_token,
-        )(q, k, v, layout)
+            in_specs=(per_head, per_head, per_head, *(P(rows, sequence) for _ in ids)),
+            out_specs=per_head,
+        )(q, k, v, *ids)
 
-    def _attend_alone(self, q, k, v, layout: Layout, packed: bool) -> Float[Array, "B T N K"]:
-        """Attention among a call's own tokens; in a window, by blocks once that makes fewer logits."""
+    def _attend_alone(self, q, k, v, segment_ids, axis_name: str | None) -> Float[Array, "B T N K"]:
+        """Attention among a call's own tokens; in a window, by blocks once that makes fewer logits.
+
+        With `axis_name`, they are this device's part of rows spread over that axis: keys and values come from
+        all devices, or from those that a window reaches.
+        """
         B, T = q.shape[:2]
-        window = self.window_size
+        window, packed = self.window_size, segment_ids is not None
+        own, whole = _layouts(B, T, segment_ids, axis_name)
+        q, k = self._rotate(q, k, own)
         # cuDNN's kernel holds no logits for a plain window, and skips what lies outside.
-        kernel = self.implementation == "cudnn" and not packed
+        kernel = self.implementation == "cudnn" and not packed and axis_name is None
         if window is None or kernel or -(-T // window) <= 2:
-            return self._attend(q, k, v, self._mask(layout, layout) if packed else None)
-        q, queries = jax.tree.map(lambda a: _fold(_blocks(a, window)), (q, layout))
-        k, v, keys = jax.tree.map(lambda a: _fold(_with_previous(_blocks(a, window))), (k, v, layout))
+            if axis_name is None:
+                return self._attend(q, k, v, self._mask(own, own) if packed else None)
+            if window is None:
+                k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
+                return self._attend(q, k, v, self._mask(own, whole))
+            reach = min(window - 1, T * (jax.lax.axis_size(axis_name) - 1))
+            k, v, keys = jax.tree.map(lambda a: _after(left_halo(a, reach, axis_name), a), (k, v, own))
+            return self._attend(q, k, v, self._mask(own, keys))
+
+        def with_previous(x: Array) -> Array:  # every block after the one before it, zeros (padding) at first
+            before = jnp.zeros_like(x[:, :window]) if axis_name is None else left_halo(x, window, axis_name)
+            x = _blocks(_after(before, x), window)
+            return _after(x[:, :-1], x[:, 1:], axis=2)
+
+        q, queries = jax.tree.map(lambda a: _fold(_blocks(a, window)), (q, own))
+        k, v, keys = jax.tree.map(lambda a: _fold(with_previous(a)), (k, v, own))
         o = self._attend(q, k, v, self._mask(queries, keys))
         return o.reshape(B, -1, *o.shape[2:])[:, :T]
 
@@ -199,10 +228,20 @@ def _blocks(x: Array, size: int) -> Array:
     return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
-def _with_previous(x: Array) -> Array:
-    """[B, N, size, ...] to [B, N, 2 size, ...]: every block after the one before it, zeros at first."""
-    previous = jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.concatenate([previous, x], axis=2)
+def _after(before: Array, x: Array, axis: int = 1) -> Array:
+    return jnp.concatenate([before, x], axis=axis)
+
+
+def _layouts(B: int, T: int, segment_ids: Array | None, axis_name: str | None) -> tuple[Layout, Layout]:
+    """The layout of a device's tokens and that of the whole rows."""
+    if axis_name is None:
+        own = layout_of(B, T, segment_ids, None)
+        return own, own
+    if segment_ids is not None:
+        segment_ids = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
+    whole = layout_of(B, T * jax.lax.axis_size(axis_name), segment_ids, None)
+    start = jax.lax.axis_index(axis_name) * T
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, T, axis=1), whole), whole
 
 
 def _fold(x: Array) -> Array:

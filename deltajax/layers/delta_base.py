@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from deltajax.layers.norm import GatedRMSNorm, RMSNorm
 from deltajax.layers.parameters import linear, parameter
-from deltajax.layers.sharding import run_op
-from deltajax.ops import Gate, delta_rule_step, short_convolution
+from deltajax.layers.sharding import run_convolution, run_op
+from deltajax.ops import Gate, delta_rule_step
 
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of the op's output, before norm and gate.
 OP_OUTPUT = "delta_rule_output"
@@ -152,7 +152,7 @@ class DeltaLayer(nnx.Module):
         B, T, _ = x.shape
         outputs, convs = [], []
         for name, size in (("q", self.head_dim), ("k", self.head_dim), ("v", self.head_v_dim)):
-            y, conv = short_convolution(
+            y, conv = run_convolution(
                 getattr(self, f"{name}_proj")(x),
                 getattr(self, f"{name}_conv")[...],
                 segment_ids=segment_ids,

@@ -18,8 +18,8 @@ def embed_tokens(
 ) -> Float[Array, "B T D"]:
     """``table[tokens]`` in `dtype`; the table's gradient is summed in its own dtype.
 
-    Under `shard_ops` each device looks up its own rows' tokens: the table is rounded, then gathered along the
-    axes that its rows share. Where the vocabulary lies on others, each device looks up what it holds.
+    Under `shard_ops` each device looks up its own tokens: the table is rounded, then gathered along the axes
+    that the tokens share. Where the vocabulary lies on others, each device looks up what it holds.
     """
     where = op_sharding()
     if where is None:
@@ -33,7 +33,7 @@ def _take(table, tokens, dtype):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _sharded(table, tokens, dtype, where: OpSharding) -> Array:
-    rows, placement, columns = _places(table, tokens, where)
+    per_token, _, placement, columns = _places(table, tokens, where)
     # Pinned where it lay, so that the rounded table is what a gather moves.
     lies = NamedSharding(where.mesh, P(*(axes or None for axes in placement)))
     table = jax.lax.with_sharding_constraint(table.astype(dtype), lies)
@@ -44,7 +44,7 @@ def _sharded(table, tokens, dtype, where: OpSharding) -> Array:
         return jax.lax.psum(jnp.where(held[..., None], x, 0), columns) if columns else x
 
     return jax.shard_map(
-        local, mesh=where.mesh, in_specs=(P(columns or None), P(rows or None)), out_specs=P(rows or None)
+        local, mesh=where.mesh, in_specs=(P(columns or None), per_token), out_specs=per_token
     )(table, tokens)
 
 
@@ -56,28 +56,30 @@ def _sharded_fwd(table, tokens, dtype, where):
 def _sharded_bwd(dtype, where, residuals, dx):
     tokens, like = residuals
     table = jax.ShapeDtypeStruct(like.shape[1:], like.dtype)
-    rows, placement, columns = _places(table, tokens, where)
-    gradient = MatrixGradient.of(rows, placement, (columns, ()))
+    per_token, spread, placement, columns = _places(table, tokens, where)
+    gradient = MatrixGradient.of(spread, placement, (columns, ()))
 
     def local(tokens, dx):
         own = jnp.zeros((table.shape[0] // where.size(columns), table.shape[1]), table.dtype)
         index, held = _own(own, tokens, columns)
         return gradient.reduce(own.at[index].add(jnp.where(held[..., None], dx, 0).astype(table.dtype)))
 
-    d_table = jax.shard_map(
-        local, mesh=where.mesh, in_specs=(P(rows or None), P(rows or None)), out_specs=gradient.spec
-    )(tokens, dx)
+    d_table = jax.shard_map(local, mesh=where.mesh, in_specs=(per_token, per_token), out_specs=gradient.spec)(
+        tokens, dx
+    )
     return d_table, None
 
 
 _sharded.defvjp(_sharded_fwd, _sharded_bwd)
 
 
-def _places(table: Any, tokens: Any, where: OpSharding) -> tuple[Any, Any, Any]:
-    """The axes of the tokens, those of the table's dimensions, and of its first those that stay apart."""
-    rows = where.dividing(where.batch, tokens.shape[0])
+def _places(table: Any, tokens: Any, where: OpSharding) -> tuple[P, Any, Any, Any]:
+    """The tokens' partition and axes, the axes of the table's dimensions, and of its first those left."""
+    rows, sequence = where.token_axes(tokens.shape)
+    spread = rows + sequence
     placement = where.dividing(where.vocab, table.shape[0]), where.dividing(where.embed, table.shape[1])
-    return rows, placement, tuple(axis for axis in placement[0] if axis not in rows)
+    columns = tuple(axis for axis in placement[0] if axis not in spread)
+    return P(rows or None, sequence or None), spread, placement, columns
 
 
 def _own(table: Array, tokens: Array, columns: tuple[str, ...]) -> tuple[Array, Array]:

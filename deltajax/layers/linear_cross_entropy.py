@@ -46,8 +46,8 @@ def linear_cross_entropy(
     """The summed cross entropy of `softmax(hidden @ kernel)`, in nats, without the logits.
 
     Products take operands in `hidden`'s dtype and accumulate in float32; the rest is float32 (float64 if
-    `hidden` is). Under `shard_ops` each device works on its own rows and, where `vocab` lies on mesh axes
-    that rows do not use, on its own part of the vocabulary; only the kernel and its gradient move.
+    `hidden` is). Under `shard_ops` each device works on its own tokens and, where `vocab` lies on mesh axes
+    that they do not use, on its own part of the vocabulary; only the kernel and its gradient move.
 
     Args:
       hidden: hidden states [tokens, D] or [rows, tokens, D]; float32, bfloat16, float16 or float64.
@@ -105,31 +105,32 @@ def _compute(hidden, kernel, targets, mask, options: _Options, *, grads: bool) -
 
 
 def _sharded(hidden, kernel, targets, mask, options, where: OpSharding, grads) -> Any:
-    """`_chunked` on every device's rows; the kernel's gradient is summed to where the kernel lies."""
-    rows = where.dividing(where.batch, hidden.shape[0])
+    """`_chunked` on every device's tokens; the kernel's gradient is summed to where the kernel lies."""
+    rows, sequence = where.token_axes(targets.shape)
+    spread = rows + sequence
     embed = where.dividing(where.embed, kernel.shape[0])
     vocab = where.dividing(where.vocab, kernel.shape[1])
     # Pinned where it lay, so that the rounded kernel is what a gather moves.
     kernel = jax.lax.with_sharding_constraint(
         kernel, NamedSharding(where.mesh, P(embed or None, vocab or None))
     )
-    # Along an axis of the rows a device needs the whole kernel; along others it can do with its columns.
-    columns = tuple(axis for axis in vocab if axis not in rows)
-    gradient = MatrixGradient.of(rows, (embed, vocab), ((), columns))
+    # Along an axis of the tokens a device needs the whole kernel; along others it can do with its columns.
+    columns = tuple(axis for axis in vocab if axis not in spread)
+    gradient = MatrixGradient.of(spread, (embed, vocab), ((), columns))
 
     def local(hidden, kernel, targets, mask):
         loss, d_hidden, d_kernel = _chunked(hidden, kernel, targets, mask, options, columns, grads)
-        loss = jax.lax.psum(loss, rows)
+        loss = jax.lax.psum(loss, spread)
         if not grads:
             return loss, None, None
         return loss, d_hidden, gradient.reduce(d_kernel)
 
-    per_row = P(rows or None)
+    per_token = P(rows or None, sequence or None) if sequence else P(rows or None)
     return jax.shard_map(
         local,
         mesh=where.mesh,
-        in_specs=(per_row, P(None, columns or None), per_row, per_row),
-        out_specs=(P(), per_row if grads else None, gradient.spec if grads else None),
+        in_specs=(per_token, P(None, columns or None), per_token, per_token),
+        out_specs=(P(), per_token if grads else None, gradient.spec if grads else None),
     )(hidden, kernel, targets, mask)
 
 

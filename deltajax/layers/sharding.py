@@ -1,9 +1,10 @@
 """Ops of a model whose arrays are sharded over a mesh.
 
 XLA cannot cut a Pallas kernel in pieces by itself, nor a loop over chunks of tokens. Rows and heads are
-independent of each other, so each device runs the op on its own: `shard_ops` says along which mesh axes, and
-the layers do the rest with `jax.shard_map`. Where a matrix's gradient is made there too, it is summed over
-the devices in the accumulators' dtype, straight to where the matrix lies.
+independent of each other, so each device runs the op on its own, and devices that share a row exchange what
+they must: `shard_ops` says along which mesh axes, and the layers do the rest with `jax.shard_map`. Where a
+matrix's gradient is made there too, it is summed over the devices in the accumulators' dtype, straight to
+where the matrix lies.
 """
 
 import contextlib
@@ -16,18 +17,21 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from deltajax.ops import short_convolution
 
 Axes = None | str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class OpSharding:
-    """Where the rows and heads of the layers' ops, and the two dimensions of the LM head, lie."""
+    """Where rows, tokens and heads of the layers' ops lie, and the dimensions of table and LM head."""
 
     mesh: Mesh | AbstractMesh
     batch: Axes
     heads: Axes
+    sequence: str | None
     embed: Axes
     vocab: Axes
 
@@ -38,6 +42,16 @@ class OpSharding:
     def dividing(self, axes: Axes, size: int) -> tuple[str, ...]:
         """The axes, or none where they do not divide a dimension of that size."""
         return () if size % self.size(axes) else axis_names(axes)
+
+    def split_sequence(self, tokens: int) -> str | None:
+        """The axis that spreads a row's tokens; None where there is none or it does not divide them."""
+        axis = self.sequence
+        return None if axis is None or self.mesh.shape[axis] == 1 or tokens % self.mesh.shape[axis] else axis
+
+    def token_axes(self, shape: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The axes of an array's rows and tokens, [B, T, ...] or [B] alone; empty where not split."""
+        sequence = self.split_sequence(shape[1]) if len(shape) > 1 else None
+        return self.dividing(self.batch, shape[0]), axis_names(sequence)
 
     def split_heads(self, count: int, what: str) -> Axes:
         """The heads' axes.
@@ -67,6 +81,7 @@ def shard_ops(
     batch: Axes = None,
     heads: Axes = None,
     *,
+    sequence: str | None = None,
     embed: Axes = None,
     vocab: Axes = None,
 ) -> Iterator[None]:
@@ -77,10 +92,13 @@ def shard_ops(
       batch: mesh axes of the rows. Rows that they do not divide are not split.
       heads: mesh axes of the heads; they must divide the number of query heads, and in attention layers that
         of key/value heads.
+      sequence: mesh axis of each row's tokens (context parallelism), its devices in their order. Where it
+        does not divide their number (a single token, say) they are not split. Calls with a cache are exact
+        too, but exchange all tokens.
       embed, vocab: mesh axes of the embedding table's and the LM head's dimensions, for the lookup and for
         `linear_cross_entropy`; without effect where they do not divide them.
     """
-    token = _ACTIVE.set(OpSharding(mesh, batch, heads, embed, vocab))
+    token = _ACTIVE.set(OpSharding(mesh, batch, heads, sequence, embed, vocab))
     try:
         yield
     finally:
@@ -99,16 +117,18 @@ def run_op(op: Callable[..., Any], arrays: dict[str, Any], **options: Any) -> An
     Args:
       op: returns o [B, T, HV, V] and a state [B, HV, K, V].
       arrays: q, k, v, beta, and g, gate, initial_state, segment_ids or None; of the ops' shapes.
-      options: the op's other arguments.
+      options: the op's other arguments; `axis_name` is added where `shard_ops` splits the tokens.
     """
     where = op_sharding()
     if where is None:
         return op(**arrays, **options)
-    rows = where.dividing(where.batch, arrays["q"].shape[0])
+    rows, sequence = where.token_axes(arrays["q"].shape)
     heads = where.split_heads(arrays["q"].shape[2], "query heads")
-    per_token = P(rows, None, heads)  # further axes are whole
+    if sequence:
+        options["axis_name"] = where.sequence
+    per_token = P(rows, sequence or None, heads)  # further axes are whole
     specs = {name: per_token for name in ("q", "k", "v", "g", "beta")}
-    specs |= {"gate": P(heads), "initial_state": P(rows, heads), "segment_ids": P(rows)}
+    specs |= {"gate": P(heads), "initial_state": P(rows, heads), "segment_ids": P(rows, sequence or None)}
     given = {name: x for name, x in arrays.items() if x is not None}
     absent = {name: None for name, x in arrays.items() if x is None}
     split = jax.shard_map(
@@ -120,16 +140,42 @@ def run_op(op: Callable[..., Any], arrays: dict[str, Any], **options: Any) -> An
     return split(given)
 
 
+def run_convolution(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "D W"],
+    *,
+    segment_ids: Int[Array, "B T"] | None,
+    cache: Float[Array, "B W1 D"] | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B W1 D"]]:
+    """`short_convolution`, over the mesh where `shard_ops` splits the tokens; elsewhere XLA can split it."""
+    where = op_sharding()
+    rows, sequence = ((), ()) if where is None or cache is not None else where.token_axes(x.shape)
+    if where is None or not sequence:
+        return short_convolution(x, weight, segment_ids=segment_ids, cache=cache)
+    channels = where.dividing(where.heads, x.shape[2]) or None
+    per_token = P(rows or None, sequence)
+    given = () if segment_ids is None else (segment_ids,)
+    split = jax.shard_map(
+        lambda x, weight, *ids: short_convolution(
+            x, weight, segment_ids=ids[0] if ids else None, axis_name=where.sequence
+        ),
+        mesh=where.mesh,
+        in_specs=(P(*per_token, channels), P(channels), *(per_token for _ in given)),
+        out_specs=(P(*per_token, channels), P(rows or None, None, channels)),
+    )
+    return split(x, weight, *given)
+
+
 def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """``x``, laid out with its rows as `shard_ops` says and its channels whole; ``x`` itself where inactive.
+    """``x`` with its rows and tokens where `shard_ops` says and its channels whole.
 
     Between blocks it keeps XLA from carrying the layout of a matrix into the residual stream.
     """
     where = op_sharding()
     if where is None:
         return x
-    rows = where.dividing(where.batch, x.shape[0])
-    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, P(rows or None)))
+    spec = P(*(axes or None for axes in where.token_axes(x.shape)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, spec))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deltajax.ops import checks, segments
+from deltajax.ops.halo import left_halo
 
 
 def short_convolution(
@@ -17,6 +18,7 @@ def short_convolution(
     activation: Literal["silu"] | None = "silu",
     segment_ids: Int[Array, "B T"] | None = None,
     cache: Float[Array, "B W1 D"] | None = None,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W1 D"]]:
     """``y_t = activation(bias + sum_j weight[:, W - 1 - j] * x_{t-j})``, j from 0 to W - 1.
 
@@ -30,6 +32,9 @@ def short_convolution(
         (it reads 0 there), and the returned cache would end at the last token before it.
       cache: [B, W - 1, D], the inputs just before ``x`` (those of the row's first segment), oldest first.
         Zeros if None.
+      axis_name: inside `jax.shard_map`, the mesh axis over which T is sharded: x and segment_ids are then
+        this device's tokens, rows start from zeros (``cache`` is None), and the returned cache is that of the
+        whole rows, the same on all devices.
 
     Returns:
       y: [B, T, D] in x's dtype; the sum is in float32 (float64 if x or weight is).
@@ -39,19 +44,26 @@ def short_convolution(
     Raises:
       ValueError, TypeError: an argument's shape or dtype does not fit; the message names it.
     """
-    _check(x, weight, bias, activation, segment_ids, cache)
+    _check(x, weight, bias, activation, segment_ids, cache, axis_name)
     B, T, D = x.shape
     W = weight.shape[1]
     dtype = jnp.result_type(jnp.float32, x.dtype, weight.dtype)
-    past = jnp.zeros((B, W - 1, D), x.dtype) if cache is None else cache.astype(x.dtype)
+    if segment_ids is not None:
+        x = jnp.where((segment_ids != 0)[..., None], x, 0)
 
-    if segment_ids is None:
-        padded = jnp.concatenate([past, x], axis=1)  # [B, W-1+T, D]
-        reach = None
+    # padded: [B, W-1+T, D]; reach: [B, W-1+T], a tap reaches tokens of its own token's number
+    reach = None
+    if axis_name is not None:
+        padded = jnp.concatenate([left_halo(x, W - 1, axis_name), x], axis=1)
+        if segment_ids is not None:
+            before = left_halo(segment_ids, W - 1, axis_name)
+            reach = segments.runs(jnp.concatenate([before, segment_ids], axis=1))
     else:
-        runs = segments.runs(segment_ids)
-        x = jnp.where((runs != 0)[..., None], x, 0)
-        padded, reach = _join_rows(past, x, runs)  # the past stands just before the first real token
+        past = jnp.zeros((B, W - 1, D), x.dtype) if cache is None else cache.astype(x.dtype)
+        if segment_ids is None:
+            padded = jnp.concatenate([past, x], axis=1)
+        else:  # the past stands just before the first real token
+            padded, reach = _join_rows(past, x, segments.runs(segment_ids))
 
     @jax.checkpoint  # keep the inputs for the backward pass, not W shifted copies of them in float32
     def taps(padded, weight, bias):
@@ -68,9 +80,10 @@ def short_convolution(
         return y.astype(x.dtype)
 
     y = taps(padded, weight, bias)
-    if reach is None:
-        return y, padded[:, T:]
-    return jnp.where((runs != 0)[..., None], y, 0), _last_inputs(padded, reach, W)
+    if segment_ids is not None:
+        y = jnp.where((segment_ids != 0)[..., None], y, 0)
+    last = padded[:, T:] if reach is None else _last_inputs(padded, reach, W)
+    return y, last if axis_name is None else _of_last_device(last, segment_ids, axis_name)
 
 
 def _join_rows(past: Array, x: Array, runs: Array) -> tuple[Array, Array]:
@@ -96,7 +109,19 @@ def _last_inputs(padded: Array, reach: Array, W: int) -> Array:
     return jnp.where(same[..., None], jnp.take_along_axis(padded, at[..., None], axis=1), 0)
 
 
-def _check(x: Any, weight: Any, bias: Any, activation: Any, segment_ids: Any, cache: Any) -> None:
+def _of_last_device(x: Array, segment_ids: Array | None, axis_name: str) -> Array:
+    """Each row's x from the last device that has a real token of it; zeros if none has."""
+    device, last = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name) - 1
+    owner: Any = last
+    if segment_ids is not None:
+        has = jnp.any(segment_ids != 0, axis=1)
+        owner = jax.lax.pmax(jnp.where(has, device, -1), axis_name)[:, None, None]  # [B, 1, 1]
+    return jax.lax.psum(jnp.where(owner == device, x, 0), axis_name)
+
+
+def _check(
+    x: Any, weight: Any, bias: Any, activation: Any, segment_ids: Any, cache: Any, axis_name: str | None
+) -> None:
     checks.check_float("x", x)
     checks.check_float("weight", weight)
     checks.check_rank("x", x, "B T D")
@@ -115,6 +140,8 @@ def _check(x: Any, weight: Any, bias: Any, activation: Any, segment_ids: Any, ca
         raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
     if segment_ids is not None:
         checks.check_segment_ids(segment_ids, B, T)
+    if cache is not None and axis_name is not None:
+        raise ValueError(f"cache must be None with axis_name={axis_name!r}: rows start from zeros there")
     if cache is not None:
         checks.check_float("cache", cache)
         checks.check_shape("cache", cache, "B W-1 D", (B, W - 1, D))

@@ -1,6 +1,7 @@
 """Run by test_sharding.py in a process of its own, with 8 CPU devices."""
 
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from deltajax import ops
 from tests import cases
 from tests.cases import Case
 
@@ -92,9 +94,47 @@ def context_parallel_edges():
             yield f"{case} edges, check_vma {check_vma}", got
 
 
+def convolution():
+    """The short convolution reaches over as many devices as it must, and never over documents."""
+    rng = np.random.default_rng(cases.SEED)
+    packed = np.array(
+        [
+            [0] * 5 + [1] * 4 + [2] * 3 + [0] * 4,
+            [1] * 4 + [2] + [3] * 2 + [3] * 9,
+            [0] * 16,
+            [1] * 5 + [0] * 11,
+        ],
+        np.int32,
+    )
+    shapes = ((4, 16, 6), (6, 4), (4, 16, 6), (4, 3, 6))
+    x, weight, dy, dcache = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+    def all_of(op):
+        out, pull = jax.vjp(op, x, weight)
+        return dict(zip(("y", "cache", "dx", "dweight"), (*out, *pull((dy, dcache))), strict=True))
+
+    for parts in (2, 8):  # eight tokens a device, and two: fewer than the three before a token
+        for ids in ((), (packed,)):
+
+            def op(x, weight, *ids, axis_name=None):
+                segment_ids = ids[0] if ids else None
+                return ops.short_convolution(x, weight, segment_ids=segment_ids, axis_name=axis_name)
+
+            tokens = P(None, "context")
+            split = jax.shard_map(
+                partial(op, axis_name="context"),
+                mesh=mesh(context=parts),
+                in_specs=(tokens, P(), *(tokens for _ in ids)),
+                out_specs=(tokens, P()),
+            )
+            got, expected = (all_of(jax.jit(lambda x, w, f=f, ids=ids: f(x, w, *ids))) for f in (split, op))
+            found = {n: cases.relative_error(got[n], expected[n]) for n in expected}
+            yield f"context {parts}, {'packed' if ids else 'whole'} rows", found
+
+
 def main() -> int:
     worst = 0.0
-    for check in (rows_and_heads, context_parallel, context_parallel_edges):
+    for check in (rows_and_heads, context_parallel, context_parallel_edges, convolution):
         for name, found in check():
             top = max(found.values(), key=lambda e: e if e == e else np.inf)
             bad = {n: e for n, e in found.items() if not e < TOLERANCE}

@@ -121,3 +121,9 @@ def test_bad_input_is_named(message):
     call = good | BAD[message]
     with pytest.raises((ValueError, TypeError), match=message):
         short_convolution(call.pop("x"), call.pop("weight"), **call)
+
+
+def test_a_cache_of_spread_rows_is_refused(rng):
+    x, weight = draw(rng, 2, 9, 5), draw(rng, 5, 4)
+    with pytest.raises(ValueError, match="cache must be None with axis_name='context'"):
+        short_convolution(x, weight, cache=jnp.zeros((2, 3, 5)), axis_name="context")

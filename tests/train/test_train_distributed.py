@@ -169,6 +169,17 @@ def test_two_processes_train_save_and_resume_as_one_run(tmp_path):
     assert losses(alone) == pytest.approx(losses(whole), rel=1e-5)
 
 
+@pytest.mark.slow  # three processes, each of which compiles
+def test_processes_that_hold_parts_of_the_same_rows_read_the_same_rows(tmp_path):
+    text = write_text(tmp_path / "text.jsonl")
+    args = [*EIGHT, "--data.files", text, "--steps", "4", "--mesh.data", "1", "--mesh.fsdp", "1"]
+    args += ["--mesh.context", "8", "--eval.every", "2"]
+    run_pair(*args, "--run-dir", tmp_path / "pair", cache=tmp_path / "cache")
+    done = run(*args, "--run-dir", tmp_path / "alone", devices=8)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+
+
 def test_a_process_that_finds_no_other_says_so(tmp_path):
     join = ["--mesh.distributed", "--mesh.num-processes", "2", "--mesh.process-id", "1"]
     alone = ["--mesh.coordinator", f"127.0.0.1:{free_port()}", "--mesh.join-within", "1"]

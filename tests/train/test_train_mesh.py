@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from deltajax.models import get_preset
 from tests.train.train_common import TINY, environment, losses, run, write_text
+from train.config import ConfigError, DataConfig, MeshConfig, TrainConfig
 from train.mesh import MESH_AXES, ShardingRules, data_group, make_mesh
 
 # Reductions over devices add in another order than one device does; a few steps amplify that little.
@@ -111,7 +112,7 @@ def test_every_model_has_one_devices_curve_on_every_mesh():
     ],
 )
 def test_what_tensor_parallelism_cannot_split_is_named(preset, changes, tensor, message):
-    mesh = types.SimpleNamespace(shape=dict(data=1, fsdp=1, tensor=tensor))
+    mesh = types.SimpleNamespace(shape=dict(data=1, fsdp=1, context=1, tensor=tensor))
     with pytest.raises(ValueError, match=re.escape(message)):
         ShardingRules().check_model(get_preset(preset).replace(**changes), mesh)
 
@@ -127,10 +128,10 @@ def fake_mesh(shape, processes):
 @pytest.mark.parametrize(
     "shape, processes, groups",
     [
-        ((8, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ((1, 4, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ((2, 1, 4), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes hold the same rows
-        ((1, 1, 8), 4, [(0, 1)] * 4),
+        ((8, 1, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((1, 4, 1, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 1, 4, 1), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes hold the same rows
+        ((1, 1, 4, 2), 4, [(0, 1)] * 4),
     ],
 )
 def test_processes_that_hold_the_same_rows_read_the_same_rows(shape, processes, groups, monkeypatch):
@@ -143,5 +144,13 @@ def test_processes_that_hold_the_same_rows_read_the_same_rows(shape, processes, 
 
 
 def test_processes_that_share_rows_in_part_are_refused():
-    with pytest.raises(ValueError, match="argument --mesh: data 2 x fsdp 1 x tensor 3 over 3 processes"):
-        data_group(fake_mesh((2, 1, 3), 3), ShardingRules())
+    with pytest.raises(
+        ValueError, match="argument --mesh: data 2 x fsdp 1 x context 1 x tensor 3 over 3 processes"
+    ):
+        data_group(fake_mesh((2, 1, 1, 3), 3), ShardingRules())
+
+
+def test_a_row_that_context_parallelism_cannot_split_is_named():
+    config = TrainConfig(mesh=MeshConfig(context=3), data=DataConfig(seq_len=256))
+    with pytest.raises(ConfigError, match=r"argument --mesh.context: 3 does not divide --data.seq-len 256"):
+        config.check()

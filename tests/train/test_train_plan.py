@@ -38,6 +38,16 @@ def test_a_small_step_fits_with_kernels_and_the_report_adds_up(topology, devices
 
 
 @needs_libtpu
+def test_kernels_run_on_parts_of_heads_and_of_rows(capsys):
+    args = ["--topology", "v5e:2x2", "--preset", "tiny_delta_net", "--model.num-layers", "1", "--batch", "2"]
+    assert main([*args, "--seq-len", "512", "--mesh.context", "2", "--mesh.tensor", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "data 1 x fsdp 1 x context 2 x tensor 2" in out
+    # Once for what a device's tokens do to the state that enters them, once from that state.
+    assert "Pallas kernels: delta_rule_backward x 2, delta_rule_forward x 2" in out
+
+
+@needs_libtpu
 @pytest.mark.parametrize("topology, fsdp", [("v5p:8x8x8", 16), ("v5p:8x8x8", 64), ("v5e:16x16", 4)])
 def test_the_mesh_keeps_a_pods_neighbours_together_and_may_split_its_axes(topology, fsdp):
     devices = tpu_aot.devices_of(topology)
@@ -65,6 +75,12 @@ def test_a_step_too_large_says_so_in_the_compilers_words(capsys):
         (["--mesh.fsdp", "3"], "argument --mesh: data -1 x fsdp 3 is 3 devices, expected all 4 of v5e:2x2"),
         (["--mesh.fsdp", "8"], "argument --mesh: data -1 x fsdp 8 is 8 devices, expected all 4 of v5e:2x2"),
         (["--mesh.fsdp", "0"], "mesh sizes must be positive (or data -1), got data=-1, fsdp=0"),
+        (
+            ["--mesh.context", "3", "--mesh.data", "1"],
+            "data 1 x fsdp 1 x context 3 is 3 devices, expected all 4",
+        ),
+        (["--mesh.context", "4", "--seq-len", "130"], "seq_len 130: expected a multiple of --mesh.context 4"),
+        (["--mesh.tensor", "4"], "--mesh.tensor 4: expected a divisor of the model's num_heads 2"),
         (["--batch", "6"], "batch 6: expected a multiple of 4 devices x 1 micro-batches"),
         (["--topology", "v5e:3x5"], "topology 'v5e:3x5'"),
     ],

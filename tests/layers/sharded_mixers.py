@@ -1,0 +1,106 @@
+"""Run by test_sharded_mixers.py in a process of its own, with 8 CPU devices."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+
+from deltajax.layers import Attention, GatedDeltaNet, KimiDeltaAttention, shard_ops
+
+B, T, D = 2, 32, 24
+TOLERANCE = 1e-5
+MESHES = {
+    "context 8": dict(context=8),  # four tokens a device
+    "data 2, context 2, tensor 2": dict(data=2, context=2, tensor=2),
+}
+CASES = {
+    "gated_delta_net, 9 taps": lambda **o: GatedDeltaNet(
+        num_heads=2, num_v_heads=4, head_dim=8, head_v_dim=4, conv_size=9, implementation="scan", **o
+    ),
+    "kda": lambda **o: KimiDeltaAttention(num_heads=2, head_dim=8, implementation="scan", **o),
+    "full attention": lambda **o: Attention(num_heads=4, num_kv_heads=2, head_dim=6, **o),
+    # By blocks on 2 devices; one device's tokens on 8; over more devices than one, and than there are.
+    "window 5": lambda **o: Attention(num_heads=2, head_dim=8, window_size=5, **o),
+    "window 1": lambda **o: Attention(num_heads=2, head_dim=8, window_size=1, **o),
+    "window 11": lambda **o: Attention(num_heads=2, head_dim=8, window_size=11, **o),
+    "window 100": lambda **o: Attention(num_heads=2, head_dim=8, window_size=100, **o),
+}
+IDS = np.array(
+    [
+        [0] * 6
+        + [1] * 7
+        + [2] * 3
+        + [3] * 5
+        + [4] * 9
+        + [0] * 2,  # padding over a device, edges within others
+        [7] * 4 + [1] * 4 + [2] * 24,  # edges between devices, one document over six
+    ],
+    np.int32,
+)
+
+
+_ALONE: dict = {}  # what one device computes
+
+
+def check(name: str, sizes: dict, packed: bool, cached: bool = False) -> list[str]:
+    """What differs under the mesh: outputs, gradients of input and parameters, and the cache."""
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    layer = CASES[name](hidden_size=D, initializer_range=0.4, rngs=nnx.Rngs(1))
+    graph, state = nnx.split(layer)
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32) for _ in range(2))
+    ids = jnp.asarray(IDS) if packed else None
+    start = None
+    if cached:
+        start = layer.init_cache(B, T) if isinstance(layer, Attention) else layer.init_cache(B)
+
+    def run(state, x):
+        def loss(state, x):
+            out = nnx.merge(graph, state)(x, segment_ids=ids, cache=start)
+            y, cache = out if cached else (out, None)
+            return jnp.sum(y * dy), (y, cache)
+
+        grads, out = jax.grad(loss, (0, 1), has_aux=True)(state, x)
+        return {"y": out[0], "cache": out[1], "gradients": grads}
+
+    def spread(state, x):
+        rows, heads = (axis if axis in sizes else None for axis in ("data", "tensor"))
+        with shard_ops(mesh, rows, heads, sequence="context"):
+            return run(state, x)
+
+    key = name, packed, cached
+    if key not in _ALONE:
+        _ALONE[key] = jax.jit(run)(state, x)
+    expected, got = _ALONE[key], jax.jit(spread)(state, x)
+    wrong = []
+    for (path, a), (_, b) in zip(*(jax.tree.leaves_with_path(t) for t in (got, expected)), strict=True):
+        error = np.abs(a - b).max() / max(
+            np.abs(b).max(), 1e-2
+        )  # a window of one: gradients of q and k are 0
+        if not error < TOLERANCE:
+            wrong.append(f"{jax.tree_util.keystr(path)} is off by {error:.1e}")
+    return wrong
+
+
+def main() -> int:
+    """Prints one line per check."""
+    calls = [(name, "context 8", True, False) for name in CASES]
+    calls += [(name, "context 8", False, False) for name in ("kda", "full attention")]
+    calls += [(name, "context 8", True, True) for name in ("kda", "full attention")]
+    three = ("gated_delta_net, 9 taps", "full attention", "window 5")
+    calls += [(name, "data 2, context 2, tensor 2", True, False) for name in three]
+    failed = 0
+    print()
+    for name, mesh, packed, cached in calls:
+        wrong = check(name, MESHES[mesh], packed, cached)
+        failed += bool(wrong)
+        what = f"{name} on {mesh}{', packed' if packed else ''}{', with a cache' if cached else ''}"
+        print(f"{'FAILED' if wrong else 'ok'} {what} {'; '.join(wrong)}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
