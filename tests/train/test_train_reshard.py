@@ -1,0 +1,76 @@
+"""A run goes on, on another mesh, along the curve that it would have had on its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.train.train_common import TINY, environment, losses, write_text
+
+OTHERS = {
+    "data 4, fsdp 2": ["--mesh.data", "4", "--mesh.fsdp", "2"],
+    "data 2, tensor 4": ["--mesh.data", "2", "--mesh.tensor", "4"],
+}
+# Reductions over devices add in another order on another mesh.
+RTOL = 1e-5
+
+# All runs in one process: JAX is imported once.
+RUNS = """
+import json, shutil, sys
+from pathlib import Path
+from train.__main__ import main
+
+directory, common, others = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+whole = [*common, "--mesh.data", "1", "--mesh.fsdp", "8", "--run-dir", str(directory / "whole")]
+assert main(whole) == 0
+shutil.rmtree(directory / "whole" / "checkpoints" / "6")
+for name, mesh in others.items():
+    shutil.copytree(directory / "whole", directory / name)
+    assert main([*common, *mesh, "--run-dir", str(directory / name)]) == 0
+"""
+
+
+@pytest.mark.parametrize(
+    "optimizer, others",
+    [
+        ("adamw", ["data 2, tensor 4"]),
+        *(pytest.param(name, [*OTHERS], marks=pytest.mark.slow) for name in ("adamw", "muon", "adafactor")),
+    ],
+)
+def test_a_checkpoint_of_one_mesh_continues_on_others(tmp_path, optimizer, others):
+    text = write_text(tmp_path / "text.jsonl")
+    common = [
+        *TINY,
+        "--data.files",
+        str(text),
+        "--data.batch-size",
+        "8",
+        "--steps",
+        "6",
+        "--model.num-heads",
+        "4",
+    ]
+    common += ["--checkpoint.every", "3", "--checkpoint.keep", "9", "--eval.batches", "1"]
+    common += ["--optimizer.name", optimizer, "--optimizer.weight-decay", "0.3"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            RUNS,
+            str(tmp_path),
+            json.dumps(common),
+            json.dumps({name: OTHERS[name] for name in others}),
+        ],
+        env=environment(devices=8),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("at step 3") == len(others)
+    whole = losses(tmp_path / "whole")
+    assert whole[6] < whole[1]
+    for name in others:
+        resumed = losses(tmp_path / name)
+        assert list(resumed) == list(range(1, 7))
+        assert list(resumed.values()) == pytest.approx(list(whole.values()), rel=RTOL), name
