@@ -36,28 +36,13 @@ def with_packages(command: Callable[[], int]) -> int:
 
 def _main(args: list[str] | None) -> int:
     # Here, so that `main` can say which packages to install.
-    from train.checkpoint import CheckpointError
-    from train.config import ConfigError, parse
-    from train.documents import DataError
+    from train.config import parse
     from train.loop import train
-    from train.processes import Processes
+    from train.processes import one_of_several
 
     config = parse(args)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file at WARNING
-    processes = Processes()
-    try:
-        status = train(config, processes)
-    except (ConfigError, DataError, FileNotFoundError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1 if isinstance(error, CheckpointError) else 2
-        if processes.count > 1:
-            processes.leave(status)
-    except Exception as error:
-        if processes.count > 1:
-            processes.fail(error)
-        raise
-    processes.dismiss()
-    return status
+    return one_of_several(lambda processes: train(config, processes))
 
 
 if __name__ == "__main__":

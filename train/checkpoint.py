@@ -26,23 +26,37 @@ from train.data import merge_states
 from train.step import TrainState
 
 
+def _leaf_digest(x: jax.Array) -> jax.Array:
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    # The position in the flattened array, counted without flattening: reshaping an array that is split over
+    # devices would gather it on each of them.
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # wraps: the same in any order
+
+
 @jax.jit
-def _digest(state: TrainState) -> jax.Array:
-    """A checksum of every bit of a state, uint32: a damaged array file may well decode to wrong numbers."""
-
-    def leaf(x: jax.Array) -> jax.Array:
-        width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-        # The position in the flattened array, counted without flattening: reshaping an array that is split
-        # over devices would gather it on each of them.
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, size in enumerate(bits.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # wraps: the same in any order
-
+def _digest(tree: Any) -> jax.Array:
     total = jnp.uint32(0)
-    for x in jax.tree.leaves(state):
-        total = total * jnp.uint32(31) + leaf(x)
+    for x in jax.tree.leaves(tree):
+        total = total * jnp.uint32(31) + _leaf_digest(x)
+    return total
+
+
+def digest(tree: Any) -> int:
+    """A checksum of every bit of arrays: a damaged array file may well decode to wrong numbers.
+
+    Args:
+        tree: JAX arrays, or NumPy's, of which one at a time is copied to a device.
+    """
+    leaves = jax.tree.leaves(tree)
+    if not any(isinstance(x, np.ndarray) for x in leaves):
+        return int(_digest(tree))
+    total, one = 0, jax.jit(_leaf_digest)
+    for x in leaves:
+        total = (total * 31 + int(one(x))) % 2**32
     return total
 
 
@@ -107,12 +121,14 @@ class Checkpoints:
             config: `{"model": ..., ...}`, JSON-ready; kept beside the state.
             eval_loss: if the state was evaluated, its loss.
         """
+        # The parameters' own, for those who read them alone.
+        digests = {"digest": digest(state), "params_digest": digest(state.params)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 data=CheckpointSave(data),
-                config=ocp.args.JsonSave({**config, "digest": int(_digest(state))}),
+                config=ocp.args.JsonSave({**config, **digests}),
             ),
             metrics=None if eval_loss is None else {"eval_loss": eval_loss},
             force=True,
@@ -168,7 +184,8 @@ class Checkpoints:
         place = epath.Path(self.directory) / str(step)
         try:
             saved = ocp.JsonCheckpointHandler().restore(place / "config", args=ocp.args.JsonRestore())
-            digest = int(saved.pop("digest"))
+            expected = int(saved.pop("digest"))
+            saved.pop("params_digest", None)
             self._check_fits(step, saved, config)
             self._restore_data(step, data)
             restored = ocp.StandardCheckpointHandler().restore(
@@ -184,7 +201,7 @@ class Checkpoints:
                 raise failed or ValueError("another process cannot read its part")
             finally:
                 del failed  # its traceback holds what was read, and this frame would hold it
-        if int(_digest(restored)) != digest:
+        if digest(restored) != expected:
             raise ValueError("its arrays do not match their checksum")
         return Restored(restored, saved)
 

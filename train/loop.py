@@ -1,7 +1,6 @@
 """The training run: set up, resume, step, evaluate, sample, save, report."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deltajax.models import LanguageModel, flops_per_token
 from train import config as options
-from train.baseline import bigram_loss
 from train.checkpoint import Checkpoints
 from train.config import ConfigError, TrainConfig
-from train.data import Batch, eval_batches, train_batches
+from train.data import Batch, train_batches
+from train.evaluation import Evaluation
 from train.failure import NonFiniteError, save_failure
 from train.guard import StopRequest, only_run_in, stop_on_signals
 from train.mesh import MESH_AXES, ShardingRules, data_group, global_batch, make_mesh
@@ -28,7 +26,7 @@ from train.optimizer import make_optimizer, make_schedule, state_layout
 from train.processes import Processes
 from train.report import Report
 from train.sample import sample_text
-from train.step import StepMetrics, TrainState, make_eval_step, make_train_step
+from train.step import StepMetrics, TrainState, make_train_step
 
 # Options whose change between a checkpoint and its resumption is worth a note.
 _SHAPES_TRAINING = (
@@ -41,8 +39,6 @@ _SHAPES_TRAINING = (
     "train.eval",
     "corpus",
 )
-# What the bigram baseline counts of data that is not in memory.
-_BIGRAM_TOKENS = 4_000_000
 
 
 def train(config: TrainConfig, processes: Processes) -> int:
@@ -168,7 +164,7 @@ class Run:
         if self.data.bad.count:
             report.say(self.data.bad.summary())
             self._told_bad = self.data.bad.count
-        report.say(f"bigram baseline: {self._units(self.bigram)} on held-out text")
+        report.say(f"bigram baseline: {self.evaluation.units(self.bigram)} on held-out text")
         if start >= steps:
             more = 2 * start
             report.say(
@@ -305,15 +301,7 @@ class Run:
 
     def evaluate(self, state: TrainState) -> float:
         """Mean loss on the held-out batches, nats per token."""
-        sums = []
-        group, groups = self.data_group
-        rows = self.config.data.batch_size // groups
-        mine = slice(group * rows, (group + 1) * rows)
-        for batch in self.eval_batches:
-            local = {name: x[mine] for name, x in batch.items()}
-            sums.append(self._eval_step(state.params, global_batch(local, self.model.mesh, self.rules)))
-        losses, counts = np.array(jax.device_get(sums), np.float64).T
-        loss = float(losses.sum() / counts.sum())
+        loss = self.evaluation.loss(state.params)
         self._evaluated = (int(state.step), loss)
         return loss
 
@@ -325,17 +313,14 @@ class Run:
             self.report.text("sample", self._sample(state), int(state.step))
         self.report.close()
         saved = checkpoints.directory / str(checkpoints.steps()[-1])
-        self.report.say(f"eval loss {self._units(loss)}, bigram baseline {self._units(self.bigram)}")
+        reached, baseline = self.evaluation.units(loss), self.evaluation.units(self.bigram)
+        self.report.say(f"eval loss {reached}, bigram baseline {baseline}")
         if self.data.bad.count > self._told_bad:
             self.report.say(self.data.bad.summary())
         self.report.say(f"checkpoint: {saved}")
         more = max(self.config.steps, int(state.step)) * 2
         self.report.say(f"to train on, add to the same command: --steps {more}")
         self.report.say('to generate: --sample.prompt "class " --sample.tokens 400')
-
-    def _units(self, nats: float) -> str:
-        bits = nats / math.log(2) / self.data.held_out.bytes_per_target
-        return f"{nats:.4f} nats/token ({bits:.3f} bits/byte)"
 
     def _sample(self, state: TrainState) -> str:
         model: LanguageModel = self.model.model(state.params)
@@ -371,22 +356,18 @@ class Run:
         return make_optimizer(self.config.optimizer, self.schedule, self.model.logical_axes)
 
     @cached_property
-    def eval_batches(self) -> list[Batch]:
-        """The held-out batches every evaluation uses."""
-        data = self.config.data
-        return eval_batches(
+    def evaluation(self) -> Evaluation:
+        """Of this run's model on its held-out text."""
+        return Evaluation(
+            self.model,
+            self.rules,
             self.data.held_out,
-            seq_len=data.seq_len,
-            batch_size=data.batch_size,
+            seq_len=self.config.data.seq_len,
+            batch_size=self.config.data.batch_size,
             max_batches=self.config.eval.batches,
         )
 
     @cached_property
     def bigram(self) -> float:
-        """The baseline's loss on those batches, nats per token."""
-        sample = self.data.train.sample(_BIGRAM_TOKENS)
-        return bigram_loss(sample, self.eval_batches, self.data.tokenizer.vocab_size)
-
-    @cached_property
-    def _eval_step(self) -> Any:
-        return make_eval_step(self.model.model, self.model.shardings, self.model.mesh, self.rules)
+        """The baseline's loss on the held-out batches, nats per token."""
+        return self.evaluation.bigram(self.data.train, self.data.tokenizer.vocab_size)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from train.config import ConfigError, DataConfig
-from train.corpus import Corpus, Store, TokenStore, load_corpus
-from train.documents import BadData, expand
+from train.corpus import Corpus, Store, TokenStore, load_corpus, tokenize
+from train.documents import BadData, DataError, expand, read_documents
 from train.prepared import open_prepared, prepared_tokenizer
 from train.tokenizer import Tokenizer, chosen_tokenizer
 
@@ -155,12 +155,7 @@ def load_data(config: DataConfig) -> Data:
         DataError: data that cannot be used; see `load_corpus` and `open_prepared`.
     """
     groups = [(expand(patterns), patterns, share) for patterns, share in weighted(config.files)]
-    directories = [Path(name) for names, _, _ in groups for name in names if Path(name).is_dir()]
-    if config.tokenizer is None and config.eos_token is None and directories:
-        tokenizer = prepared_tokenizer(directories[0])
-    else:
-        tokenizer = chosen_tokenizer(config.tokenizer, config.eos_token, "--data.")
-
+    tokenizer = _tokenizer(config, [name for names, _, _ in groups for name in names])
     bad = BadData(config.on_error)
     train, held_out, fingerprints = [], [], []
     for names, patterns, share in groups:
@@ -177,3 +172,38 @@ def load_data(config: DataConfig) -> Data:
         fingerprint = "+".join(corpus.fingerprint for corpus in corpora)
         fingerprints.append(fingerprint if len(groups) == 1 else f"{share:.6f}*({fingerprint})")
     return Data(tokenizer, Mixture(tuple(train)), Mixture(tuple(held_out)), " + ".join(fingerprints), bad)
+
+
+def load_held_out(files: Sequence[str], config: DataConfig) -> tuple[Mixture, Tokenizer]:
+    """Other text than `config.files`, to evaluate on: whole files, and what prepared directories hold out.
+
+    Returns:
+        The text as one source, and the tokenizer of `config`.
+
+    Raises:
+        ConfigError: a tokenizer that is no more what it was.
+        DataError: no text, or text that cannot be used.
+    """
+    tokenizer = _tokenizer(
+        config, [name for patterns, _ in weighted(config.files) for name in expand(patterns)]
+    )
+    names, bad = expand(files), BadData(config.on_error)
+    texts = [name for name in names if not Path(name).is_dir()]
+    stores: list[Store] = [
+        open_prepared(Path(name), tokenizer, config.seq_len, bad).held_out
+        for name in names
+        if Path(name).is_dir()
+    ]
+    if texts:
+        stores.append(tokenize(read_documents(texts, config.text_field, bad), tokenizer))
+    mixture = Mixture.of(*(store for store in stores if store.num_documents))
+    if not mixture.num_documents:
+        raise DataError(f"no documents in {' '.join(files)}")
+    return mixture, tokenizer
+
+
+def _tokenizer(config: DataConfig, names: Sequence[str]) -> Tokenizer:
+    directories = [Path(name) for name in names if Path(name).is_dir()]
+    if config.tokenizer is None and config.eos_token is None and directories:
+        return prepared_tokenizer(directories[0])
+    return chosen_tokenizer(config.tokenizer, config.eos_token, "--data.")

@@ -55,6 +55,12 @@ class ModelState:
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self._graph, state)
 
+    def abstract_params(self) -> Params:
+        """Shapes, dtypes and shardings of the parameters."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.abstract, self.shardings
+        )
+
     def abstract_train_state(self, optimizer: optax.GradientTransformation) -> TrainState:
         """Shapes, dtypes and shardings of a `TrainState`: what a checkpoint is restored into."""
         replicated = NamedSharding(self.mesh, PartitionSpec())

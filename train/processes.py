@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 import jax
 
 from train import witness
+from train.checkpoint import CheckpointError
 from train.config import ConfigError, MeshConfig
+from train.documents import DataError
 
 _AGAIN = "start all processes again with the same command: the run goes on from its newest checkpoint"
 
@@ -102,3 +105,29 @@ class Processes:
     def _expect(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the witness may have been killed
             self._witness.stdin.write(f"{text}\n".encode())  # type: ignore[union-attr]
+
+
+def one_of_several(command: Callable[[Processes], int]) -> int:
+    """Runs a command that may be one of several processes, and tells of what went wrong.
+
+    Args:
+        command: joins the processes it is given, and returns its exit status.
+
+    Returns:
+        The exit status; 2 for options or data that are wrong, 1 for checkpoints that cannot be read. Of
+        several processes, one that fails does not return: it leaves.
+    """
+    processes = Processes()
+    try:
+        status = command(processes)
+    except (ConfigError, DataError, FileNotFoundError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1 if isinstance(error, CheckpointError) else 2
+        if processes.count > 1:
+            processes.leave(status)
+    except Exception as error:
+        if processes.count > 1:
+            processes.fail(error)
+        raise
+    processes.dismiss()
+    return status

@@ -5,6 +5,7 @@ from deltajax.models.counting import abstract_model, count_parameters, flops_per
 from deltajax.models.generate import generate
 from deltajax.models.language_model import LanguageModel, ModelCache
 from deltajax.models.presets import PRESETS, get_preset
+from deltajax.models.weights import load_weights, save_weights
 
 __all__ = [
     "PRESETS",
@@ -16,4 +17,6 @@ __all__ = [
     "flops_per_token",
     "generate",
     "get_preset",
+    "load_weights",
+    "save_weights",
 ]
