@@ -52,7 +52,7 @@ def _evaluate(options, processes: "Processes") -> int:
 
     from train.config import ConfigError
     from train.evaluation import Evaluation
-    from train.mesh import ShardingRules, make_mesh
+    from train.mesh import MESH_AXES, ShardingRules, make_mesh
     from train.mixture import load_data, load_held_out
     from train.model_state import model_state
     from train.saved import open_saved
@@ -72,9 +72,14 @@ def _evaluate(options, processes: "Processes") -> int:
         batches = options.batches or config.eval.batches
     if tokenizer.fingerprint != saved.config["corpus"]["tokenizer"]:
         raise ConfigError(f"the tokenizer of {options.run_dir} is no more the one it was trained with")
+    if config.data.seq_len % options.mesh.context:
+        raise ConfigError(
+            f"argument --mesh.context: {options.mesh.context} does not divide the run's rows of "
+            f"{config.data.seq_len} tokens"
+        )
     batch_size = options.batch_size or config.data.batch_size
     try:
-        mesh = make_mesh(options.mesh.data, options.mesh.fsdp, tensor=options.mesh.tensor)
+        mesh = make_mesh(**{axis: getattr(options.mesh, axis) for axis in MESH_AXES})
         model = model_state(saved.model, mesh, rules)
     except ValueError as error:
         raise ConfigError(str(error)) from error

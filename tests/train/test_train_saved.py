@@ -67,10 +67,15 @@ def test_what_cannot_be_read_is_named(finished, tmp_path, monkeypatch, capsys, c
     assert command([str(finished), "--step", "7"]) == 2
     assert "argument --step: " in (err := capsys.readouterr().err) and "steps [1, 2, 3], got 7" in err
     shutil.copytree(finished, tmp_path / "run")
-    for how in ("flipped", "cut"):
-        damage(tmp_path / "run" / "checkpoints" / "3", "state", how)
-        assert command([str(tmp_path / "run")]) == 1
-        assert "checkpoints/3 cannot be read" in (err := capsys.readouterr().err) and "--step" in err
+    newest = tmp_path / "run" / "checkpoints" / "3"
+    saved = json.loads((newest / "config" / "metadata").read_text())
+    saved["params_digest"] += 1
+    (newest / "config" / "metadata").write_text(json.dumps(saved))
+    assert command([str(tmp_path / "run")]) == 1
+    assert "checkpoints/3 cannot be read" in (err := capsys.readouterr().err) and "their checksum" in err
+    damage(newest, "state", "removed")
+    assert command([str(tmp_path / "run")]) == 1
+    assert "checkpoints/3 cannot be read" in (err := capsys.readouterr().err) and "--step" in err
     assert [p.name for p in tmp_path.iterdir()] == ["run"]  # nothing was written
 
 
@@ -79,6 +84,7 @@ def test_options_that_cannot_work_are_named(finished, tmp_path, capsys):
         ("--batches", "0"): "argument --batches: must be positive",
         ("--batch-size", "-1"): "argument --batch-size: must be positive",
         ("--mesh.fsdp", "64"): "needs 64 devices",
+        ("--mesh.context", "3"): "argument --mesh.context: 3 does not divide",
         ("--files", "/nowhere/*.txt"): "data file not found",
     }.items():
         assert evaluate.main([str(finished), *args]) == 2
