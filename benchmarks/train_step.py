@@ -38,6 +38,8 @@ class Options:
     optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     implementation: str | None = None
+    fsdp: int = 1
+    context: int = 1
     check: bool = False
     json: str | None = None
 
@@ -47,7 +49,7 @@ def main(options: Options) -> int:
     config = dataclasses.replace(
         get_preset(options.preset), remat=options.remat, implementation=options.implementation
     )
-    mesh, rules = make_mesh(1, 1), ShardingRules()
+    mesh, rules = make_mesh(1, options.fsdp, context=options.context), ShardingRules()
     model = model_state(config, mesh, rules)
     optimizer_config = OptimizerConfig(
         name=options.optimizer, moment_dtype=options.moment_dtype, learning_rate=3e-4, warmup_steps=1
@@ -58,7 +60,7 @@ def main(options: Options) -> int:
     shardings = jax.tree.map(lambda x: x.sharding, model.abstract_train_state(optimizer))
     step = make_train_step(model.model, optimizer, schedule, shardings, mesh, rules, options.accumulate)
 
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(0)  # the same on every mesh, to compare losses
     tokens = rng.integers(0, config.vocab_size, (options.batch, options.seq_len + 1)).astype(np.int32)
     batch = {
         "tokens": tokens[:, :-1],
@@ -94,11 +96,11 @@ def main(options: Options) -> int:
     }
     print(
         f"{row['card']} {options.preset} {options.batch}x{options.seq_len} {options.optimizer} "
-        f"remat={options.remat}: "
+        f"remat={options.remat} fsdp={options.fsdp} context={options.context}: "
         f"{row['parameters']:,} parameters, {row['tokens_per_s']:,.0f} tokens/s, "
         f"{row['tflops']:.0f} TFLOP/s, "
         f"peak {row['peak_gib']:.1f} GiB (program {row['program_gib']:.1f}), compile {compile_s:.0f} s, "
-        f"loss {losses[0]:.3f} -> {losses[-1]:.3f}",
+        f"losses {' '.join(f'{x:.4f}' for x in losses)}",
         flush=True,
     )
     if options.json:

@@ -17,10 +17,11 @@ ABSENT, PRESENT, RESET = 0.0, 1.0, 2.0
 
 def log2_decay(x: jax.Array, rate: jax.Array, bias: jax.Array, lower_bound: float | None) -> jax.Array:
     """Log decay to base 2 [64, N] of the raw projection x [64, N]; rate and bias are [N]."""
-    x = x + columns(bias, x.shape)
     if lower_bound is None:
-        return columns(rate * -LOG2E, x.shape) * softplus(x)
-    return (lower_bound * LOG2E) * sigmoid(columns(rate, x.shape) * x)
+        return columns(rate * -LOG2E, x.shape) * softplus(x + columns(bias, x.shape))
+    slope = rate * -LOG2E
+    root = lax.rsqrt(1 + jnp.exp2(x * columns(slope, x.shape) + columns(slope * bias, x.shape)))
+    return (lower_bound * LOG2E) * (root * root)  # of 1 / (1 + exp(-rate (x + bias)))
 
 
 def softplus(x: jax.Array) -> jax.Array:
@@ -76,7 +77,8 @@ def token_decays(
     else:
         rate, bias = (plgpu.load(gate_ref.at[i, channels], layout=COLUMN) for i in range(2))
         g = log2_decay(g, rate, bias, lower_bound)
-    g = jnp.maximum(g, MIN_LOG_DECAY * LOG2E)
+    if gate_ref is None or lower_bound is None or lower_bound < MIN_LOG_DECAY:
+        g = jnp.maximum(g, MIN_LOG_DECAY * LOG2E)
     if kind is None:
         return g
     return jnp.where(kind == PRESENT, g, jnp.where(kind == RESET, MIN_LOG_DECAY * LOG2E, 0.0))
