@@ -11,6 +11,7 @@ temporary memory, on top of inputs and outputs.
 
 import dataclasses
 import json
+import re
 import statistics
 import time
 
@@ -68,15 +69,29 @@ def busy_ms(f, args) -> float | None:
     return statistics.median(profiler.measure(f, iterations=5)(*args)[1])
 
 
-def print_profile(f, args, most: int) -> None:
-    """The kernels of one run, summed by name, longest first."""
+def print_profile(f, args, most: int, program: str = "") -> None:
+    """The kernels of one run, summed by name, longest first.
+
+    Args:
+      f, args: what to run.
+      most: rows to print.
+      program: the compiled program's text, to say what part of the model a kernel is of.
+    """
     from jax.experimental.mosaic.gpu import profiler
 
+    parts = model_parts(program)
     total: dict[str, list[float]] = {}
     for name, ms in profiler.measure(f, aggregate=False)(*args)[1]:
         total.setdefault(name, []).append(ms)
+    print(f"    {sum(map(sum, total.values())):8.3f} ms in {sum(map(len, total.values())):5d}  all")
     for name, times in sorted(total.items(), key=lambda x: -sum(x[1]))[:most]:
-        print(f"    {sum(times):8.3f} ms in {len(times):5d}  {name[:90]}")
+        print(f"    {sum(times):8.3f} ms in {len(times):5d}  {name[:60]}  {parts.get(name, '')}")
+
+
+def model_parts(program: str) -> dict[str, str]:
+    """By the names of a compiled program's instructions (XLA names kernels so): where they come from."""
+    found = re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', program, re.MULTILINE)
+    return {name.replace(".", "_").replace("-", "_"): "/".join(part.split("/")[-4:]) for name, part in found}
 
 
 def time_problem(p: problems.Problem, implementation: str, chunk_size: int, profile: int) -> dict:

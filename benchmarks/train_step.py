@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import tyro
 
+from benchmarks.op_times import print_profile
 from deltajax.models import flops_per_token, get_preset
 from train.config import OptimizerConfig, Remat
 from train.mesh import ShardingRules, global_batch, make_mesh
@@ -40,6 +41,8 @@ class Options:
     implementation: str | None = None
     fsdp: int = 1
     context: int = 1
+    profile: int = 0
+    """Print so many of the kernels of a step that take longest (NVIDIA GPUs)."""
     check: bool = False
     json: str | None = None
 
@@ -103,6 +106,14 @@ def main(options: Options) -> int:
         f"losses {' '.join(f'{x:.4f}' for x in losses)}",
         flush=True,
     )
+    if options.profile:
+
+        def again():  # donates the state
+            nonlocal state
+            state, metrics = compiled(state, batch, ok)
+            return metrics.loss
+
+        print_profile(again, (), options.profile, compiled.as_text())
     if options.json:
         with open(options.json, "a") as f:
             f.write(json.dumps(row) + "\n")
