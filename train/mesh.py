@@ -68,7 +68,13 @@ class ShardingRules:
     def shard_ops(self, mesh: Mesh) -> contextlib.AbstractContextManager[None]:
         """While active, layers split their ops and the loss over the mesh as these rules place them."""
         return shard_ops(
-            mesh, self.batch, self.heads, sequence=self.sequence, embed=self.embed, vocab=self.vocab
+            mesh,
+            self.batch,
+            self.heads,
+            sequence=self.sequence,
+            embed=self.embed,
+            vocab=self.vocab,
+            mlp=self.mlp,
         )
 
     def tokens(self, mesh: Mesh) -> NamedSharding:

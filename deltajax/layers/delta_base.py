@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from deltajax.layers.norm import GatedRMSNorm, RMSNorm
 from deltajax.layers.parameters import linear, parameter
+from deltajax.layers.projection import Projection
 from deltajax.layers.sharding import run_convolution, run_op
 from deltajax.ops import Gate, delta_rule_step
 
@@ -179,7 +180,7 @@ class DeltaLayer(nnx.Module):
         o = self.o_norm(o) if gate is None else self.o_norm(o, gate.reshape(o.shape))
         return self.o_proj(o.reshape(*o.shape[:2], -1))
 
-    def _linear(self, n_in: int, n_out: int, axes, rngs, *, use_bias: bool = False) -> nnx.Linear:
+    def _linear(self, n_in: int, n_out: int, axes, rngs, *, use_bias: bool = False) -> Projection:
         return linear(
             n_in,
             n_out,

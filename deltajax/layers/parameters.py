@@ -23,6 +23,8 @@ from flax import linen, nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from deltajax.layers.projection import Projection
+
 Axes = tuple[str, ...]
 INITIALIZER_RANGE = 0.02
 
@@ -56,14 +58,15 @@ def linear(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
-    """`nnx.Linear` with kernel [in, out] named `axes`, drawn from normal(0, std); the bias is zero."""
-    return nnx.Linear(
+) -> Projection:
+    """A projection with kernel [in, out] named `axes`, drawn from normal(0, std); the bias is zero."""
+    return Projection(
         in_features,
         out_features,
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
+        axes=axes,
         kernel_init=named(nnx.initializers.normal(std), axes),
         bias_init=named(nnx.initializers.zeros_init(), axes[1:]),
         rngs=rngs,

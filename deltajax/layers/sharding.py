@@ -26,7 +26,7 @@ Axes = None | str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class OpSharding:
-    """Where rows, tokens and heads of the layers' ops lie, and the dimensions of table and LM head."""
+    """Where rows, tokens and heads of the layers' ops lie, and the dimensions of their matrices."""
 
     mesh: Mesh | AbstractMesh
     batch: Axes
@@ -34,6 +34,7 @@ class OpSharding:
     sequence: str | None
     embed: Axes
     vocab: Axes
+    mlp: Axes
 
     def size(self, axes: Axes) -> int:
         """Devices along the axes."""
@@ -42,6 +43,11 @@ class OpSharding:
     def dividing(self, axes: Axes, size: int) -> tuple[str, ...]:
         """The axes, or none where they do not divide a dimension of that size."""
         return () if size % self.size(axes) else axis_names(axes)
+
+    def axes_of(self, logical_axis: str) -> Axes:
+        """Where a matrix's dimension of that name (`layers.parameters`) lies."""
+        placed = {"embed": self.embed, "heads": self.heads, "kv_heads": self.heads, "mlp": self.mlp}
+        return placed.get(logical_axis)
 
     def split_sequence(self, tokens: int) -> str | None:
         """The axis that spreads a row's tokens; None where there is none or it does not divide them."""
@@ -84,6 +90,7 @@ def shard_ops(
     sequence: str | None = None,
     embed: Axes = None,
     vocab: Axes = None,
+    mlp: Axes = None,
 ) -> Iterator[None]:
     """While it is active, layers that are called (or traced by `jax.jit`) run their ops split over ``mesh``.
 
@@ -95,10 +102,10 @@ def shard_ops(
       sequence: mesh axis of each row's tokens (context parallelism), its devices in their order. Where it
         does not divide their number (a single token, say) they are not split. Calls with a cache are exact
         too, but exchange all tokens.
-      embed, vocab: mesh axes of the embedding table's and the LM head's dimensions, for the lookup and for
-        `linear_cross_entropy`; without effect where they do not divide them.
+      embed, vocab, mlp: mesh axes of these dimensions of the matrices, for the sums of their gradients, and
+        in the embedding's lookup and `linear_cross_entropy`; without effect where they do not divide them.
     """
-    token = _ACTIVE.set(OpSharding(mesh, batch, heads, sequence, embed, vocab))
+    token = _ACTIVE.set(OpSharding(mesh, batch, heads, sequence, embed, vocab, mlp))
     try:
         yield
     finally:

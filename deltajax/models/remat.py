@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from deltajax.layers.delta_base import OP_OUTPUT
+from deltajax.layers.projection import PROJECTION_OUTPUT
 from deltajax.ops.dispatch import SAVED
 
 _policies = jax.checkpoint_policies
@@ -18,7 +19,10 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "save_delta_rule": _delta_rule,
     # Products of activations with parameters, not those between activations (attention's T x T scores).
-    "save_dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _delta_rule),
+    "save_dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(OP_OUTPUT, SAVED, PROJECTION_OUTPUT),
+    ),
 }
 
 

@@ -6,9 +6,12 @@ import types
 
 import pytest
 
+from deltajax.models import get_preset
 from train import plan, pod_step, tpu_aot
+from train.config import OptimizerConfig
 from train.mesh import make_mesh
 from train.plan import main
+from train.pod_step import compile_step
 
 needs_libtpu = pytest.mark.skipif(not tpu_aot.available(), reason="needs `uv run --with libtpu`")
 SMALL = ["--preset", "tiny_delta_net", "--batch", "8", "--seq-len", "256"]
@@ -45,6 +48,18 @@ def test_kernels_run_on_parts_of_heads_and_of_rows(capsys):
     assert "data 1 x fsdp 1 x context 2 x tensor 2" in out
     # Once for what a device's tokens do to the state that enters them, once from that state.
     assert "Pallas kernels: delta_rule_backward x 2, delta_rule_forward x 2" in out
+
+
+@needs_libtpu
+def test_gradients_of_a_bfloat16_model_are_summed_over_devices_in_float32_and_to_their_places():
+    config = get_preset("tiny_kda").replace(dtype="bfloat16", num_layers=2, remat="save_dots")
+    mesh = make_mesh(2, 2, tpu_aot.devices_of("v5e:2x2"))
+    found = compile_step(config, OptimizerConfig(), mesh, batch=4, seq_len=256)
+    sums = re.findall(r"= (.*?) (?:all-reduce|reduce-scatter)(?:-start)?\(", found.text)
+    assert sums and not [kind for kind in sums if "bf16" in kind]
+    assert not re.search(r"rematted_computation/[^\"]*dot_general", found.text)  # products are saved
+    # Nearly all parameters lie in two parts: devices receive the sums of their own part only.
+    assert found.collectives["reduce-scatter"].bytes > 0.75 * 4 * found.model.num_parameters
 
 
 @needs_libtpu
