@@ -25,10 +25,10 @@ class ShardingRules:
     """Which mesh axes each logical axis is split over; None replicates it.
 
     Parameters are split over "fsdp" along their embedding dimension, of which every large matrix has exactly
-    one; what has none (decay rates, convolution taps, the second matrices of KDA's low-rank gates) is small
-    and not split there. Over "tensor" go heads, the MLP's width and the vocabulary: of the parameters, and of
-    the activations between a block's first matrices and its last. Activations are split along the batch
-    and, over "context", along the sequence.
+    one; what has none (decay rates, convolution taps, the second matrices of low-rank projections in KDA's
+    gates and latent attention) is small and not split there. Over "tensor" go heads, the MLP's width and the
+    vocabulary: of the parameters, and of the activations between a block's first matrices and its last.
+    Activations are split along the batch and, over "context", along the sequence.
     """
 
     batch: Placement = ("data", "fsdp")
@@ -38,6 +38,7 @@ class ShardingRules:
     heads: Placement = "tensor"
     kv_heads: Placement = "tensor"
     head_dim: Placement = None
+    latent: Placement = None
     mlp: Placement = "tensor"
     conv: Placement = None
     layers: Placement = None
@@ -98,6 +99,8 @@ class ShardingRules:
                 ("attn_num_heads", "heads"): config.attention_heads,
                 ("attn_num_kv_heads", "kv_heads"): config.attention_kv_heads,
             }
+        if config.has_latent_attention:
+            sizes |= {("attn_num_heads", "heads"): config.attention_heads}
         for (field, axis), size in sizes.items():
             if size % (parts := self.parts(mesh, axis)):
                 flags = ", ".join(f"--mesh.{name} {mesh.shape[name]}" for name in _axes(getattr(self, axis)))

@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from deltajax.layers.attention_cache import AttentionCache, Layout, layout_of
+from deltajax.layers.attention_cache import AttentionCache
+from deltajax.layers.layout import Layout, causal_mask, layout_of, layouts_on_axis
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
 from deltajax.layers.rotary import RotaryEmbedding
 from deltajax.layers.sharding import op_sharding
@@ -124,10 +125,10 @@ class Attention(nnx.Module):
         q, k = self._rotate(q, k, layout)
         new_cache = cache.append(k, v, layout)
         if T == 1:  # the token is its own last key: the ring holds everything it sees
-            keys = _held(new_cache)
+            keys = new_cache.held()
             k, v = new_cache.key, new_cache.value
         else:
-            held = _held(cache)
+            held = cache.held()
             keys = Layout(*(jnp.concatenate(pair, axis=1) for pair in zip(held, layout, strict=True)))
             k = jnp.concatenate([cache.key.astype(k.dtype), k], axis=1)
             v = jnp.concatenate([cache.value.astype(v.dtype), v], axis=1)
@@ -145,12 +146,7 @@ class Attention(nnx.Module):
         )
 
     def _mask(self, queries: Layout, keys: Layout) -> Bool[Array, "B 1 T S"]:
-        run = queries.run[:, :, None]
-        distance = queries.position[:, :, None] - keys.position[:, None, :]
-        mask = (run == keys.run[:, None, :]) & (run != 0) & (distance >= 0)
-        if self.window_size is not None:
-            mask = mask & (distance < self.window_size)
-        return mask[:, None]
+        return causal_mask(queries, keys, self.window_size)
 
     def _rotate(self, q, k, layout: Layout) -> tuple[Array, Array]:
         if self.rotary is None:
@@ -184,7 +180,7 @@ class Attention(nnx.Module):
         """
         B, T = q.shape[:2]
         window, packed = self.window_size, segment_ids is not None
-        own, whole = _layouts(B, T, segment_ids, axis_name)
+        own, whole = layouts_on_axis(B, T, segment_ids, axis_name)
         q, k = self._rotate(q, k, own)
         # cuDNN's kernel holds no logits for a plain window, and skips what lies outside.
         kernel = self.implementation == "cudnn" and not packed and axis_name is None
@@ -232,24 +228,6 @@ def _after(before: Array, x: Array, axis: int = 1) -> Array:
     return jnp.concatenate([before, x], axis=axis)
 
 
-def _layouts(B: int, T: int, segment_ids: Array | None, axis_name: str | None) -> tuple[Layout, Layout]:
-    """The layout of a device's tokens and that of the whole rows."""
-    if axis_name is None:
-        own = layout_of(B, T, segment_ids, None)
-        return own, own
-    if segment_ids is not None:
-        segment_ids = jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
-    whole = layout_of(B, T * jax.lax.axis_size(axis_name), segment_ids, None)
-    start = jax.lax.axis_index(axis_name) * T
-    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, T, axis=1), whole), whole
-
-
 def _fold(x: Array) -> Array:
     """[B, N, ...] to [B N, ...]."""
     return x.reshape(-1, *x.shape[2:])
-
-
-def _held(cache: AttentionCache) -> Layout:
-    """What the cache's slots hold, as keys of the row's first run; empty slots are padding."""
-    position = cache.positions()
-    return Layout((position >= 0).astype(jnp.int32), position)

@@ -1,12 +1,11 @@
-"""The key/value cache of softmax attention: a fixed ring of slots per row, with its own length per row."""
+"""The caches of softmax attention: a fixed ring of slots per row, with its own length per row."""
 
 from typing import NamedTuple, Self
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from deltajax.ops import segments
+from deltajax.layers.layout import Layout
 
 
 class AttentionCache(NamedTuple):
@@ -20,52 +19,55 @@ class AttentionCache(NamedTuple):
     value: Float[Array, "B L KV K"]
     length: Int[Array, " B"]  # int32, tokens seen so far in each row
 
-    def positions(self) -> Int[Array, "B L"]:
-        """The position each slot holds; negative where it holds none."""
-        size = self.key.shape[1]
-        last = self.length[:, None] - 1
-        return last - (last - jnp.arange(size)) % size
+    def held(self) -> Layout:
+        """What the slots hold, as keys of the row's first run; empty slots are padding."""
+        return _held(self.length, self.key.shape[1])
 
     def append(
         self,
         key: Float[Array, "B T KV K"],
         value: Float[Array, "B T KV K"],
-        layout: "Layout",
+        layout: Layout,
     ) -> Self:
         """The cache after T more tokens: those of the row's last segment stay, padding never enters."""
-        rows, size = jnp.arange(key.shape[0])[:, None], self.key.shape[1]
-        last = jnp.max(layout.run, axis=1)  # [B]
-        current = (layout.run == last[:, None]) & (layout.run != 0)
-        length = jnp.max(jnp.where(current, layout.position + 1, 0), axis=1)
-        length = jnp.where(last == 0, self.length, length)
-        kept = current & (layout.position >= length[:, None] - size)
-        slot = jnp.where(kept, layout.position % size, size)  # `size` is out of range: dropped
+        slot, length = _place(layout, self.length, self.key.shape[1])
         return self._replace(
-            key=self.key.at[rows, slot].set(key.astype(self.key.dtype), mode="drop"),
-            value=self.value.at[rows, slot].set(value.astype(self.value.dtype), mode="drop"),
-            length=length.astype(jnp.int32),
+            key=_put(self.key, key, slot), value=_put(self.value, value, slot), length=length
         )
 
 
-class Layout(NamedTuple):
-    """Where each token of a call stands: its run (1, 2, ... in order; 0 padding) and position in it."""
+class LatentCache(NamedTuple):
+    """What multi-head latent attention keeps of a token for all its heads; slots as in `AttentionCache`."""
 
-    run: Int[Array, "B T"]
-    position: Int[Array, "B T"]
+    latent: Float[Array, "B L C+R"]  # the normalised latent, then the shared rotary key, rotated already
+    length: Int[Array, " B"]  # int32, tokens seen so far in each row
+
+    def held(self) -> Layout:
+        """What the slots hold, as keys of the row's first run; empty slots are padding."""
+        return _held(self.length, self.latent.shape[1])
+
+    def append(self, latent: Float[Array, "B T C+R"], layout: Layout) -> Self:
+        """The cache after T more tokens: those of the row's last segment stay, padding never enters."""
+        slot, length = _place(layout, self.length, self.latent.shape[1])
+        return self._replace(latent=_put(self.latent, latent, slot), length=length)
 
 
-def layout_of(
-    batch: int, length: int, segment_ids: Int[Array, "B T"] | None, seen: Int[Array, " B"] | None
-) -> Layout:
-    """Runs and positions of a call's tokens; the first run continues after `seen` earlier tokens."""
-    if segment_ids is None:
-        run = jnp.ones((batch, length), jnp.int32)
-        position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    else:
-        run = segments.runs(segment_ids)
-        count = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)  # real tokens so far
-        first = lax.cummax(jnp.where(segments.starts(segment_ids), count, 0), axis=1)
-        position = jnp.where(segment_ids != 0, count - first, 0)
-    if seen is not None:
-        position = position + jnp.where(run == 1, seen[:, None], 0)
-    return Layout(run, position)
+def _held(length: Int[Array, " B"], size: int) -> Layout:
+    last = length[:, None] - 1
+    position = last - (last - jnp.arange(size)) % size  # negative where a slot holds none
+    return Layout((position >= 0).astype(jnp.int32), position)
+
+
+def _place(layout: Layout, seen: Int[Array, " B"], size: int) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """The slot of each token, `size` for those that do not stay, and the rows' new lengths."""
+    last = jnp.max(layout.run, axis=1)  # [B]
+    current = (layout.run == last[:, None]) & (layout.run != 0)
+    length = jnp.max(jnp.where(current, layout.position + 1, 0), axis=1)
+    length = jnp.where(last == 0, seen, length)
+    kept = current & (layout.position >= length[:, None] - size)
+    return jnp.where(kept, layout.position % size, size), length.astype(jnp.int32)
+
+
+def _put(ring: Array, x: Array, slot: Int[Array, "B T"]) -> Array:
+    rows = jnp.arange(ring.shape[0])[:, None]
+    return ring.at[rows, slot].set(x.astype(ring.dtype), mode="drop")  # slot `size` is out of range: dropped

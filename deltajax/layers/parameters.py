@@ -9,6 +9,7 @@ caller's business (`eager_sharding` is off).
 | embed | width of the residual stream |
 | heads, kv_heads | heads times head size of a projection, or the heads alone of a per-head parameter |
 | head_dim | one head's channels, and KDA's low-rank bottleneck (of that size) |
+| latent | the low ranks of multi-head latent attention |
 | mlp | width of the MLP |
 | vocab | vocabulary |
 | conv | taps of a short convolution |

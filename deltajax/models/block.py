@@ -12,13 +12,15 @@ from deltajax.layers import (
     DeltaNet,
     GatedDeltaNet,
     KimiDeltaAttention,
+    LatentAttention,
+    LatentCache,
     RMSNorm,
     SwiGLU,
 )
 from deltajax.layers.sharding import shard_tokens
 from deltajax.models.config import ModelConfig
 
-LayerCache = DeltaCache | AttentionCache
+LayerCache = DeltaCache | AttentionCache | LatentCache
 
 
 class Block(nnx.Module):
@@ -57,7 +59,7 @@ class Block(nnx.Module):
 
     def init_cache(self, batch: int, max_length: int) -> LayerCache:
         """The mixer's empty cache."""
-        if isinstance(self.mixer, Attention):
+        if isinstance(self.mixer, (Attention, LatentAttention)):
             return self.mixer.init_cache(batch, max_length)
         return self.mixer.init_cache(batch)
 
@@ -74,6 +76,18 @@ def _mixer(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
             implementation=config.attention_implementation,
         )
         return Attention(**options, **common)
+    if kind == "latent_attention":
+        return LatentAttention(
+            hidden_size=config.hidden_size,
+            num_heads=config.attention_heads,
+            kv_lora_rank=config.kv_lora_rank,
+            q_lora_rank=config.q_lora_rank,
+            qk_nope_head_dim=config.qk_nope_head_dim,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            v_head_dim=config.latent_v_head_dim,
+            rope_theta=config.rope_theta,
+            **common,
+        )
     options = dict(
         hidden_size=config.hidden_size,
         num_heads=config.num_heads,

@@ -6,8 +6,9 @@ from typing import Any, Self
 
 from deltajax.ops.checks import MAX_K, MAX_V
 
-MIXERS = ("delta_net", "gated_delta_net", "kda", "sliding_window", "full_attention")
+MIXERS = ("delta_net", "gated_delta_net", "kda", "sliding_window", "full_attention", "latent_attention")
 DELTA_MIXERS = ("delta_net", "gated_delta_net", "kda")
+ATTENTION_MIXERS = ("sliding_window", "full_attention")
 REMAT = ("none", "save_dots", "save_delta_rule", "full")
 _DTYPES = ("float32", "bfloat16", "float16")
 _IMPLEMENTATIONS = ("pallas", "chunked", "scan")
@@ -22,6 +23,10 @@ _POSITIVE = (
     "intermediate_size",
     "conv_size",
     "window_size",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "latent_v_head_dim",
 )
 _OPTIONAL_POSITIVE = (
     "num_v_heads",
@@ -29,6 +34,7 @@ _OPTIONAL_POSITIVE = (
     "attn_num_heads",
     "attn_num_kv_heads",
     "attn_head_dim",
+    "q_lora_rank",
     "chunk_size",
 )
 
@@ -54,11 +60,19 @@ class ModelConfig:
         default (off, on).
       lower_bound: KDA's bounded gate (a negative number), or None for the softplus gate.
       attn_num_heads: softmax attention heads; None means `num_heads`.
-      attn_num_kv_heads: grouped key/value heads; None means `attn_num_heads`.
-      attn_head_dim: softmax attention head size; None means `hidden_size // attn_num_heads`.
+      attn_num_kv_heads: grouped key/value heads, except in `latent_attention` layers; None means
+        `attn_num_heads`.
+      attn_head_dim: head size of `sliding_window` and `full_attention` layers; None means
+        `hidden_size // attn_num_heads`.
       window_size: tokens a `sliding_window` layer sees, itself included.
+      kv_lora_rank: channels of the latent that a `latent_attention` layer makes keys and values of.
+      q_lora_rank: channels of its queries' low-rank projection; None for one full matrix.
+      qk_nope_head_dim: channels of its heads' own keys, never rotated.
+      qk_rope_head_dim: channels of the key its heads share, rotated where `rope_theta` is set.
+      latent_v_head_dim: size of its value heads.
       rope_theta: base of the rotary embedding of attention layers, None for no position embedding.
-      norm_eps: epsilon of every RMSNorm.
+      norm_eps: epsilon of every RMSNorm but those inside `latent_attention` layers, theirs being 1e-6 as in
+        the published models.
       tie_embeddings: reuse the embedding table as the LM head.
       initializer_range: standard deviation of embeddings and projections at initialisation.
       dtype: compute dtype.
@@ -67,7 +81,8 @@ class ModelConfig:
         `models.remat.rematerialized`.
       chunk_size: chunk of the delta-rule ops, a power of two >= 16; None for the op's choice.
       implementation: backend of the delta-rule ops, None for the op's choice.
-      attention_implementation: backend of `jax.nn.dot_product_attention`, None for JAX's choice.
+      attention_implementation: backend of `jax.nn.dot_product_attention` in `sliding_window` and
+        `full_attention` layers, None for JAX's choice.
 
     Raises:
       ValueError: naming the field, the value seen and what was expected.
@@ -90,6 +105,11 @@ class ModelConfig:
     attn_num_kv_heads: int | None = None
     attn_head_dim: int | None = None
     window_size: int = 2048
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    latent_v_head_dim: int = 128
     rope_theta: float | None = 10000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
@@ -117,6 +137,8 @@ class ModelConfig:
             self._fail("attn_num_kv_heads", f"a divisor of the {self.attention_heads} attention heads")
         if self.has_attention:
             self._check_attention()
+        if self.has_latent_attention:
+            self._check_rotary("qk_rope_head_dim", self.qk_rope_head_dim)
         if self.has_delta:
             self._check_delta()
         if self.conv_size < 2:
@@ -144,8 +166,13 @@ class ModelConfig:
 
     @property
     def has_attention(self) -> bool:
-        """Whether any layer is softmax attention."""
-        return any(kind not in DELTA_MIXERS for kind in self.layer_pattern)
+        """Whether any layer is softmax attention with keys and values of its own."""
+        return any(kind in ATTENTION_MIXERS for kind in self.layer_pattern)
+
+    @property
+    def has_latent_attention(self) -> bool:
+        """Whether any layer is multi-head latent attention."""
+        return "latent_attention" in self.layer_pattern
 
     @property
     def has_delta(self) -> bool:
@@ -231,8 +258,12 @@ class ModelConfig:
     def _check_attention(self) -> None:
         if self.attn_head_dim is None and self.hidden_size % self.attention_heads:
             self._fail("hidden_size", f"a multiple of the {self.attention_heads} attention heads")
-        if self.rope_theta is not None:
-            if not self.rope_theta > 0:
-                self._fail("rope_theta", "a positive number or None")
-            if self.attention_head_dim % 2:
-                self._fail("attn_head_dim", "an even size, for the rotary embedding")
+        self._check_rotary("attn_head_dim", self.attention_head_dim)
+
+    def _check_rotary(self, field: str, size: int) -> None:
+        if self.rope_theta is None:
+            return
+        if not self.rope_theta > 0:
+            self._fail("rope_theta", "a positive number or None")
+        if size % 2:
+            self._fail(field, "an even size, for the rotary embedding")

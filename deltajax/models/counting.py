@@ -30,7 +30,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     - delta rule: `6 HV K V`, the three products of the recurrence (`S^T k`, `k u^T`, `S^T q`) at 2 K V
       each; what a chunked implementation spends beyond is its own overhead;
     - attention: `4 heads head_dim c`, with c the mean number of tokens seen by a causal query:
-      `(T + 1) / 2`, or for a window w < T `w - w (w - 1) / (2 T)`.
+      `(T + 1) / 2`, or for a window w < T `w - w (w - 1) / (2 T)`;
+    - latent attention: `2 heads (key size + value size) c`, the keys' size with the shared part.
 
     Args:
       config: the model.
@@ -52,4 +53,8 @@ def _mixer_flops(kind: str, config: ModelConfig, seq_len: int) -> float:
         return 6.0 * config.value_heads * config.head_dim * config.value_dim
     seen = min(config.window_size, seq_len) if kind == "sliding_window" else seq_len
     mean = seen - seen * (seen - 1) / (2 * seq_len)
-    return 4.0 * config.attention_heads * config.attention_head_dim * mean
+    if kind == "latent_attention":
+        sizes = config.qk_nope_head_dim + config.qk_rope_head_dim + config.latent_v_head_dim
+    else:
+        sizes = 2 * config.attention_head_dim
+    return 2.0 * config.attention_heads * sizes * mean

@@ -46,6 +46,15 @@ PRESETS = MappingProxyType(
         "tiny_hybrid": _TINY.replace(
             layer_pattern=("gated_delta_net", "sliding_window", "kda", "full_attention")
         ),
+        # KDA and latent attention without positions, 3:1 as in Kimi Linear.
+        "tiny_kda_mla": _TINY.replace(
+            layer_pattern=("kda", "kda", "kda", "latent_attention"),
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            latent_v_head_dim=32,
+            rope_theta=None,
+        ),
         "delta_net_1p3b": _LARGE,
         "delta_net_swa_1p3b": _LARGE.replace(layer_pattern=("delta_net", "sliding_window")),
         "delta_net_global_1p3b": _LARGE.replace(layer_pattern=_global_pattern(24)),
@@ -67,6 +76,9 @@ PRESETS = MappingProxyType(
         ),
         "kda_1p3b": _LARGE.replace(layer_pattern=("kda",)),
         "kda_hybrid_1p3b": _LARGE.replace(layer_pattern=("kda", "kda", "kda", "full_attention")),
+        "kda_mla_1p3b": _LARGE.replace(
+            layer_pattern=("kda", "kda", "kda", "latent_attention"), rope_theta=None
+        ),
     }
 )
 

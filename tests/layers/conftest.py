@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from deltajax.layers import Attention, DeltaNet, GatedDeltaNet, KimiDeltaAttention
+from deltajax.layers import Attention, DeltaNet, GatedDeltaNet, KimiDeltaAttention, LatentAttention
 
 HIDDEN = 24
 
@@ -27,7 +27,19 @@ MIXERS = {
     "full_attention": functools.partial(Attention, num_heads=4, num_kv_heads=2, head_dim=8),
     "full_attention_nope": functools.partial(Attention, num_heads=2, head_dim=8, rope_theta=None),
     "sliding_window": functools.partial(Attention, num_heads=2, head_dim=8, window_size=3),
+    # With a cache, up to 6 tokens are absorbed.
+    "latent_attention": functools.partial(
+        LatentAttention,
+        num_heads=2,
+        kv_lora_rank=6,
+        q_lora_rank=5,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=2,
+        v_head_dim=3,
+        rope_theta=100.0,
+    ),
 }
+SOFTMAX = (Attention, LatentAttention)
 
 
 # These programs run once or twice each: compiling them is the cost, so compile them quickly.
@@ -43,7 +55,7 @@ class Mixer:
     """
 
     def __init__(self, name: str, *, implementation: str | None = "scan", **options):
-        if MIXERS[name].func is not Attention:
+        if MIXERS[name].func not in SOFTMAX:
             options["implementation"] = implementation
         # Wide kernels: with the default 0.02 outputs would be too small to tell right from wrong.
         self.layer = MIXERS[name](hidden_size=HIDDEN, initializer_range=0.4, rngs=nnx.Rngs(1), **options)
@@ -57,7 +69,7 @@ class Mixer:
         return _gradients(self.graph, self.state, x, segment_ids, weight)
 
     def cache(self, batch: int, max_length: int = 16):
-        if isinstance(self.layer, Attention):
+        if isinstance(self.layer, SOFTMAX):
             return self.layer.init_cache(batch, max_length)
         return self.layer.init_cache(batch)
 

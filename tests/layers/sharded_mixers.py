@@ -1,14 +1,16 @@
 """Run by test_sharded_mixers.py in a process of its own, with 8 CPU devices."""
 
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from deltajax.layers import Attention, GatedDeltaNet, KimiDeltaAttention, shard_ops
+from deltajax.layers import Attention, GatedDeltaNet, KimiDeltaAttention, LatentAttention, shard_ops
 
 B, T, D = 2, 32, 24
 TOLERANCE = 1e-5
@@ -22,6 +24,15 @@ CASES = {
     ),
     "kda": lambda **o: KimiDeltaAttention(num_heads=2, head_dim=8, implementation="scan", **o),
     "full attention": lambda **o: Attention(num_heads=4, num_kv_heads=2, head_dim=6, **o),
+    "latent attention": lambda **o: LatentAttention(
+        num_heads=2,
+        kv_lora_rank=6,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=2,
+        v_head_dim=3,
+        rope_theta=100.0,
+        **o,
+    ),
     # By blocks on 2 devices; one device's tokens on 8; over more devices than one, and than there are.
     "window 5": lambda **o: Attention(num_heads=2, head_dim=8, window_size=5, **o),
     "window 1": lambda **o: Attention(num_heads=2, head_dim=8, window_size=1, **o),
@@ -55,7 +66,9 @@ def check(name: str, sizes: dict, packed: bool, cached: bool = False) -> list[st
     ids = jnp.asarray(IDS) if packed else None
     start = None
     if cached:
-        start = layer.init_cache(B, T) if isinstance(layer, Attention) else layer.init_cache(B)
+        start = (
+            layer.init_cache(B, T) if isinstance(layer, (Attention, LatentAttention)) else layer.init_cache(B)
+        )
 
     def run(state, x):
         def loss(state, x):
@@ -85,13 +98,27 @@ def check(name: str, sizes: dict, packed: bool, cached: bool = False) -> list[st
     return wrong
 
 
+def gathered() -> list[str]:
+    """What latent attention gathers under a context axis that is not the latents or the segment ids."""
+    mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
+    layer = CASES["latent attention"](hidden_size=D, rngs=nnx.Rngs(1))
+    tokens = NamedSharding(mesh, P(None, "context"))
+    x, ids = jax.device_put((jnp.zeros((B, T, D)), jnp.asarray(IDS)), tokens)
+    with shard_ops(mesh, sequence="context"):
+        compiled = jax.jit(lambda x, ids: layer(x, segment_ids=ids)).lower(x, ids).compile()
+    shapes = re.findall(r"= (\w+\[[\d,]+\])\S* all-gather", compiled.as_text())
+    latent = f"f32[{B},{T},{layer.kv_lora_rank + layer.qk_rope_head_dim}]"
+    wrong = [f"gathers {shape}" for shape in shapes if shape not in (latent, f"s32[{B},{T}]")]
+    return wrong if latent in shapes else [*wrong, f"gathers no {latent}"]
+
+
 def main() -> int:
     """Prints one line per check."""
     calls = [(name, "context 8", True, False) for name in CASES]
-    calls += [(name, "context 8", False, False) for name in ("kda", "full attention")]
-    calls += [(name, "context 8", True, True) for name in ("kda", "full attention")]
-    three = ("gated_delta_net, 9 taps", "full attention", "window 5")
-    calls += [(name, "data 2, context 2, tensor 2", True, False) for name in three]
+    calls += [(name, "context 8", False, False) for name in ("kda", "full attention", "latent attention")]
+    calls += [(name, "context 8", True, True) for name in ("kda", "full attention", "latent attention")]
+    four = ("gated_delta_net, 9 taps", "full attention", "latent attention", "window 5")
+    calls += [(name, "data 2, context 2, tensor 2", True, False) for name in four]
     failed = 0
     print()
     for name, mesh, packed, cached in calls:
@@ -99,7 +126,11 @@ def main() -> int:
         failed += bool(wrong)
         what = f"{name} on {mesh}{', packed' if packed else ''}{', with a cache' if cached else ''}"
         print(f"{'FAILED' if wrong else 'ok'} {what} {'; '.join(wrong)}", flush=True)
-    return failed
+    wrong = gathered()
+    print(
+        f"{'FAILED' if wrong else 'ok'} latent attention gathers its latents {'; '.join(wrong)}", flush=True
+    )
+    return failed + bool(wrong)
 
 
 if __name__ == "__main__":

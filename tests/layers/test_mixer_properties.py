@@ -160,7 +160,7 @@ def test_bfloat16_compute_keeps_float32_parameters_state_and_gradients(bfloat16_
 
 
 def test_every_parameter_has_one_logical_axis_name_per_dimension(mixer):
-    known = {"embed", "heads", "kv_heads", "head_dim", "conv"}
+    known = {"embed", "heads", "kv_heads", "head_dim", "conv", "latent"}
     for path, param in nnx.to_flat_state(mixer.state):
         axes = param.get_metadata("out_sharding")
         assert len(axes) == param.ndim and set(axes) <= known and len(set(axes)) == len(axes), path

@@ -40,6 +40,14 @@ def test_the_pattern_repeats_to_the_number_of_layers():
         (dict(attn_num_kv_heads=3), r"attn_num_kv_heads=3: expected a divisor of the 4"),
         (dict(hidden_size=130), r"hidden_size=130: expected a multiple of the 4 attention heads"),
         (dict(attn_head_dim=7), r"attn_head_dim=7: expected an even size"),
+        (dict(kv_lora_rank=0), r"kv_lora_rank=0: expected a positive integer"),
+        (dict(q_lora_rank=0), r"q_lora_rank=0: expected a positive integer or None"),
+        (dict(latent_v_head_dim=None), r"latent_v_head_dim=None: expected a positive integer"),
+        (
+            dict(layer_pattern=("latent_attention",), qk_rope_head_dim=3),
+            r"qk_rope_head_dim=3: expected an even",
+        ),
+        (dict(layer_pattern=("latent_attention",), rope_theta=0.0), r"rope_theta=0.0: expected a positive"),
         (dict(rope_theta=0.0), r"rope_theta=0.0: expected a positive number or None"),
         (dict(lower_bound=5.0), r"lower_bound=5.0: expected a negative number or None"),
         (dict(norm_eps=0.0), r"norm_eps=0.0: expected a positive number"),
@@ -59,6 +67,12 @@ def test_an_invalid_field_is_named_with_what_was_seen_and_expected(changes, mess
 def test_the_limits_of_the_delta_rule_bind_only_patterns_with_its_layers():
     BASE.replace(head_dim=256, head_v_dim=512, chunk_size=16)
     BASE.replace(head_dim=300, head_v_dim=600, layer_pattern=("full_attention",))
+
+
+def test_the_sizes_of_an_attention_bind_only_patterns_with_its_layers():
+    BASE.replace(qk_rope_head_dim=3)
+    BASE.replace(layer_pattern=("latent_attention",), hidden_size=130)  # no multiple of the heads
+    BASE.replace(layer_pattern=("latent_attention",), qk_rope_head_dim=3, rope_theta=None)
 
 
 @pytest.mark.parametrize(

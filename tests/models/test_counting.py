@@ -8,6 +8,7 @@ PARAMETERS = {
     "tiny_gated_delta_net": 827_792,
     "tiny_kda": 960_904,
     "tiny_hybrid": 874_758,
+    "tiny_kda_mla": 928_134,
     "delta_net_1p3b": 1_365_677_056,
     "delta_net_swa_1p3b": 1_364_987_392,
     "delta_net_global_1p3b": 1_365_562_112,
@@ -15,6 +16,7 @@ PARAMETERS = {
     "gated_delta_net_swa_1p3b": 1_302_965_892,
     "kda_1p3b": 1_390_941_568,
     "kda_hybrid_1p3b": 1_384_280_608,
+    "kda_mla_1p3b": 1_366_195_744,
 }
 
 
@@ -31,6 +33,13 @@ def by_hand(config) -> int:
     core = D * (2 * qk + v + HV) + taps * (2 * qk + v) + V + v * D
     n, kv, size = config.attention_heads, config.attention_kv_heads, config.attention_head_dim
     attention = 2 * D * size * (n + kv)
+    rank, rope, nope, value = (
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+        config.qk_nope_head_dim,
+        config.latent_v_head_dim,
+    )
+    latent = D * n * (nope + rope) + D * (rank + rope) + rank + rank * n * (nope + value) + n * value * D
     low_rank = D * V + V * HV * K + D * V + V * v + v
     mixers = {
         "delta_net": core,
@@ -38,6 +47,7 @@ def by_hand(config) -> int:
         "kda": core + low_rank + HV + HV * K,
         "sliding_window": attention,
         "full_attention": attention,
+        "latent_attention": latent,
     }
     blocks = sum(mixers[kind] + 2 * D + 3 * D * config.intermediate_size for kind in config.layers)
     return blocks + D + config.vocab_size * D * (1 if config.tie_embeddings else 2)
@@ -72,6 +82,14 @@ def test_attention_flops_grow_with_the_length_only_up_to_the_window():
         for length in (1, 8, 9, 100):
             got, want = attention(kind, length)
             assert got == pytest.approx(want)
+
+
+def test_latent_attentions_flops_are_those_of_its_keys_and_values():
+    config = get_preset("tiny_kda_mla").replace(layer_pattern=("latent_attention",), num_layers=1)
+    base = 6 * (count_parameters(config) - 260 * 128)
+    assert flops_per_token(config, 100) - base == pytest.approx(3 * 2 * 4 * (32 + 16 + 32) * 50.5)
+    ranked = config.replace(q_lora_rank=24)  # one matrix becomes two with a norm between
+    assert count_parameters(ranked) - count_parameters(config) == 128 * 24 + 24 + (24 - 128) * 4 * 48
 
 
 def test_a_length_that_is_not_positive_is_refused():

@@ -26,6 +26,24 @@ def test_greedy_generation_equals_argmax_over_full_forwards_for_every_ragged_row
         assert list(row) == by_full_forwards(run, hybrid, prompt[: int(length)], 6)
 
 
+def test_a_hybrid_of_kda_and_latent_attention_generates_as_its_full_forwards(tiny, build, run):
+    model = build(
+        tiny.replace(
+            layer_pattern=("kda", "latent_attention"),
+            kv_lora_rank=6,
+            qk_nope_head_dim=4,
+            qk_rope_head_dim=2,
+            latent_v_head_dim=3,
+            rope_theta=None,
+        )
+    )
+    (cache,) = model.init_cache(3, 11)  # two layers, one scanned unit
+    assert cache[1].latent.shape == (1, 3, 11, 6 + 2)
+    got = generate(model, PROMPT, prompt_lengths=LENGTHS, max_new_tokens=6)
+    for row, prompt, length in zip(got, PROMPT, LENGTHS, strict=True):
+        assert list(row) == by_full_forwards(run, model, prompt[: int(length)], 6)
+
+
 def test_a_rows_tokens_do_not_depend_on_its_neighbours(hybrid):
     options = dict(max_new_tokens=6, temperature=1.0, key=KEY)
     got = generate(hybrid, PROMPT, prompt_lengths=LENGTHS, **options)

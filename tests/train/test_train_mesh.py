@@ -107,6 +107,7 @@ def test_every_model_has_one_devices_curve_on_every_mesh():
     [
         ("tiny_kda", {}, 4, "argument --mesh.tensor 4: expected a divisor of the model's num_heads 2"),
         ("tiny_hybrid", dict(num_heads=4, attn_num_kv_heads=2), 4, "attn_num_kv_heads 2"),
+        ("tiny_kda_mla", dict(num_heads=8, attn_num_heads=6), 4, "attn_num_heads 6"),
         ("tiny_delta_net", dict(num_heads=3), 3, "intermediate_size 320"),
         ("tiny_delta_net", dict(num_heads=8), 8, "vocab_size 260"),
     ],

@@ -1,0 +1,254 @@
+"""Multi-head latent attention (MLA): softmax attention whose keys and values come from one small latent."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from deltajax.layers.attention_cache import LatentCache
+from deltajax.layers.layout import Layout, causal_mask, layout_of, layouts_on_axis
+from deltajax.layers.norm import RMSNorm
+from deltajax.layers.parameters import INITIALIZER_RANGE, linear
+from deltajax.layers.rotary import RotaryEmbedding
+from deltajax.layers.sharding import op_sharding
+from deltajax.ops.checks import check_segment_ids
+from deltajax.ops.problem import vary_like
+
+
+class LatentAttention(nnx.Module):
+    """Causal attention of DeepSeek-V2 (arXiv 2405.04434) and Kimi Linear; projections without bias.
+
+    With c_s = RMSNorm(the first C channels of kv_a_proj(x_s)) and r_s its last R channels, head h has keys
+    [k_s | r_s] and values v_s with [k_s | v_s] = kv_b_proj(c_s), queries [q | q_r] of N + R channels, and the
+    scale (N + R)^-1/2. Token t sees tokens s <= t of its own segment. With `rope_theta`, q_r and r are
+    rotated (channels d and d + R/2 as a pair), positions restarting with every segment; with None (Kimi
+    Linear) they are not.
+
+    Only [c | r] is cached. A call computes keys and values from it, or, where that is more work than it
+    saves (a few tokens against many, as in decoding), moves kv_b_proj to the queries and the outputs, which
+    then meet the latents themselves. Both are the same function.
+
+    Where `shard_ops` spreads a row's tokens over devices, each gathers the latents of all of them; heads are
+    split.
+
+    Memory: attention holds T x T logits per head, in the forward and the backward pass; with a cache, those
+    of T tokens with each other and with every slot.
+
+    Args:
+      hidden_size: width D.
+      num_heads: heads H.
+      kv_lora_rank: latent channels C.
+      q_lora_rank: channels of the queries' low-rank projection, normalised too; None for one full matrix.
+      qk_nope_head_dim: N, channels of a head's queries and keys that have no position.
+      qk_rope_head_dim: R, channels of the key that all heads share, and of each head's queries for it.
+      v_head_dim: value head size V.
+      rope_theta: base of the rotary embedding; None for no position embedding.
+      norm_eps: epsilon of the norms.
+      initializer_range: standard deviation of the kernels.
+      dtype: compute dtype (the softmax is in float32).
+      param_dtype: parameter dtype.
+      rngs: parameter randomness.
+
+    Raises:
+      ValueError: on a size that is not a positive integer, or an odd `qk_rope_head_dim` with `rope_theta`.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int = 2304,
+        num_heads: int = 32,
+        kv_lora_rank: int = 512,
+        q_lora_rank: int | None = None,
+        qk_nope_head_dim: int = 128,
+        qk_rope_head_dim: int = 64,
+        v_head_dim: int = 128,
+        rope_theta: float | None = None,
+        norm_eps: float = 1e-6,
+        initializer_range: float = INITIALIZER_RANGE,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        sizes = dict(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            kv_lora_rank=kv_lora_rank,
+            qk_nope_head_dim=qk_nope_head_dim,
+            qk_rope_head_dim=qk_rope_head_dim,
+            v_head_dim=v_head_dim,
+        )
+        if q_lora_rank is not None:
+            sizes["q_lora_rank"] = q_lora_rank
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name}={size!r}: expected a positive integer")
+        if rope_theta is not None and qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={qk_rope_head_dim}: expected an even size, to be rotated")
+        self.num_heads = num_heads
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        self.rotary = None if rope_theta is None else RotaryEmbedding(qk_rope_head_dim, theta=rope_theta)
+        self.dtype = dtype
+
+        common: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        def project(n_in, n_out, axes):
+            return linear(n_in, n_out, axes, std=initializer_range, **common)
+
+        queries = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
+        self.low_rank_queries = q_lora_rank is not None
+        if q_lora_rank is None:
+            self.q_proj = project(hidden_size, queries, ("embed", "heads"))
+        else:
+            self.q_a_proj = project(hidden_size, q_lora_rank, ("embed", "latent"))
+            self.q_a_norm = RMSNorm(q_lora_rank, eps=norm_eps, axis="latent", **common)
+            self.q_b_proj = project(q_lora_rank, queries, ("latent", "heads"))
+        self.kv_a_proj = project(hidden_size, kv_lora_rank + qk_rope_head_dim, ("embed", "latent"))
+        self.kv_a_norm = RMSNorm(kv_lora_rank, eps=norm_eps, axis="latent", **common)
+        self.kv_b_proj = project(
+            kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), ("latent", "heads")
+        )
+        self.o_proj = project(num_heads * v_head_dim, hidden_size, ("heads", "embed"))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: LatentCache | None = None,
+    ) -> Any:
+        """Mixes tokens along T.
+
+        Args:
+          x: [B, T, D] input.
+          segment_ids: int32 [B, T] for packed rows: nothing is seen across ids; id 0 is padding, which
+            outputs 0 and does not enter the cache. Padding stands between segments or at a row's ends, not
+            inside a segment.
+          cache: what earlier calls returned (or `init_cache`); it belongs to the row's first segment.
+
+        Returns:
+          y [B, T, D] in the compute dtype; `(y, cache)` when a cache is given.
+
+        Raises:
+          TypeError, ValueError: on segment ids that are not integers of shape [B, T].
+        """
+        B, T, _ = x.shape
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, B, T)
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.low_rank_queries else self.q_proj(x)
+        q = q.reshape(B, T, self.num_heads, -1)
+        latent, shared_key = jnp.split(self.kv_a_proj(x), [self.kv_lora_rank], axis=-1)
+        latent = jnp.concatenate([self.kv_a_norm(latent), shared_key], axis=-1)
+        kernel = self.kv_b_proj.kernel[...].reshape(self.kv_lora_rank, self.num_heads, -1)
+        if cache is None:
+            return self._output(self._split_over_mesh(q, latent, kernel, segment_ids), segment_ids)
+
+        layout = layout_of(B, T, segment_ids, cache.length)
+        q, latent = self._rotate(q, latent, layout)
+        new_cache = cache.append(latent, layout)
+        if T == 1:  # the token is its own last key: the ring holds everything it sees
+            keys, latents = new_cache.held(), new_cache.latent
+        else:
+            keys = Layout(*(jnp.concatenate(x, axis=1) for x in zip(cache.held(), layout, strict=True)))
+            latents = jnp.concatenate([cache.latent.astype(latent.dtype), latent], axis=1)
+        attend = self._attend_latents if self._absorbs(T) else self._attend_expanded
+        return self._output(attend(q, latents, kernel, causal_mask(layout, keys)), segment_ids), new_cache
+
+    def init_cache(self, batch: int, max_length: int) -> LatentCache:
+        """An empty cache for `batch` rows of at most `max_length` tokens."""
+        return LatentCache(
+            latent=jnp.zeros((batch, max_length, self.kv_lora_rank + self.qk_rope_head_dim), self.dtype),
+            length=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def _rotate(self, q, latent, layout: Layout) -> tuple[Array, Array]:
+        """The last R channels of both, turned by their positions."""
+        if self.rotary is None:
+            return q, latent
+        q, q_rope = jnp.split(q, [self.qk_nope_head_dim], axis=-1)
+        latent, key = jnp.split(latent, [self.kv_lora_rank], axis=-1)
+        key = self.rotary(key[:, :, None], layout.position)[:, :, 0]
+        return (
+            jnp.concatenate([q, self.rotary(q_rope, layout.position)], axis=-1),
+            jnp.concatenate([latent, key], axis=-1),
+        )
+
+    def _split_over_mesh(self, q, latent, kernel, segment_ids) -> Float[Array, "B T H V"]:
+        """`_attend_alone`, under `shard_ops` by each device for its own tokens and heads."""
+        where = op_sharding()
+        if where is None:
+            return self._attend_alone(q, latent, kernel, segment_ids, None)
+        heads = where.split_heads(self.num_heads, "heads")
+        rows, sequence = (axes or None for axes in where.token_axes(q.shape))
+        ids = () if segment_ids is None else (segment_ids,)
+        return jax.shard_map(
+            lambda q, latent, kernel, *ids: self._attend_alone(
+                q, latent, kernel, ids[0] if ids else None, where.sequence if sequence else None
+            ),
+            mesh=where.mesh,
+            in_specs=(
+                P(rows, sequence, heads),
+                P(rows, sequence),
+                P(None, heads),
+                *(P(rows, sequence) for _ in ids),
+            ),
+            out_specs=P(rows, sequence, heads),
+        )(q, latent, kernel, *ids)
+
+    def _attend_alone(self, q, latent, kernel, segment_ids, axis_name: str | None) -> Float[Array, "B T H V"]:
+        """Attention among a call's own tokens; with `axis_name`, a device's part of rows on that axis."""
+        own, whole = layouts_on_axis(q.shape[0], q.shape[1], segment_ids, axis_name)
+        q, latent = self._rotate(q, latent, own)
+        if axis_name is not None:
+            latent = jax.lax.all_gather(latent, axis_name, axis=1, tiled=True)
+        kernel = vary_like(kernel, q)  # before its cast: gradients are summed in the parameter's dtype
+        plain = axis_name is None and segment_ids is None
+        return self._attend_expanded(q, latent, kernel, None if plain else causal_mask(own, whole))
+
+    def _absorbs(self, queries: int) -> bool:
+        """Whether that many queries multiply less with the latents than with keys and values made of them."""
+        C, R, N, V = self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim
+        return queries * (2 * (C + R)) <= C * (N + V) + queries * (N + R + V)
+
+    def _attend_expanded(self, q, latent, kernel, mask) -> Float[Array, "B T H V"]:
+        """Attention with each head's own keys and values, made of the latents [B, S, C+R]."""
+        latent, shared_key = jnp.split(latent, [self.kv_lora_rank], axis=-1)
+        made = jnp.einsum("bsc,chn->bshn", latent, kernel.astype(self.dtype))
+        key, value = jnp.split(made, [self.qk_nope_head_dim], axis=-1)
+        shared_key = jnp.broadcast_to(shared_key[:, :, None], (*key.shape[:3], self.qk_rope_head_dim))
+        return self._softmax(q, jnp.concatenate([key, shared_key], axis=-1), value, mask)
+
+    def _attend_latents(self, q, latent, kernel, mask) -> Float[Array, "B T H V"]:
+        """The same with the latents as the one key and value of all heads."""
+        N = self.qk_nope_head_dim
+        kernel = kernel.astype(self.dtype)
+        q_latent = jnp.einsum("bthn,chn->bthc", q[..., :N], kernel[..., :N])
+        q = jnp.concatenate([q_latent, q[..., N:]], axis=-1)
+        # The shared key is weighted too and cut off after: a cut before would copy the cache.
+        o = self._softmax(q, latent[:, :, None], latent[:, :, None], mask)[..., : self.kv_lora_rank]
+        return jnp.einsum("bthc,chv->bthv", o, kernel[..., N:])
+
+    def _softmax(self, q, key, value, mask) -> Float[Array, "B T H V"]:
+        """`jax.nn.dot_product_attention`, which wants one head size: zeros fill the smaller."""
+        V = value.shape[-1]
+        size = max(V, key.shape[-1])
+        q, key, value = (_widened(x, size) for x in (q, key, value))
+        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+        o = jax.nn.dot_product_attention(q, key, value, mask=mask, scale=scale, is_causal=mask is None)
+        return o[..., :V]
+
+    def _output(self, o, segment_ids) -> Float[Array, "B T D"]:
+        if segment_ids is not None:
+            o = jnp.where((segment_ids != 0)[..., None, None], o, 0)
+        return self.o_proj(o.reshape(*o.shape[:2], -1))
+
+
+def _widened(x: Float[Array, "B T H K"], size: int) -> Float[Array, "B T H {size}"]:
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])])
