@@ -196,6 +196,13 @@ class LogConfig:
     """steps between printed lines, where there is no terminal for a progress bar"""
     tensorboard: bool = True
     """write TensorBoard event files into the run directory"""
+    gates_every: int = 100
+    """steps between statistics of each layer's write strengths and decays, which cost a forward pass; 0 for
+    none"""
+    trace_at: int | None = None
+    """first step of a profiler trace, written into the run directory; not the step that compiles"""
+    trace_steps: int = 3
+    """steps traced"""
     peak_tflops: float | None = None
     """peak TFLOP/s of one device for MFU, where it is not one known to train.metrics"""
 
@@ -242,6 +249,8 @@ class TrainConfig:
             "--mesh.join-within": self.mesh.join_within,
             "--mesh.lost-after": self.mesh.lost_after,
             "--log.every": self.log.every,
+            "--log.trace-at": 1 if self.log.trace_at is None else self.log.trace_at,
+            "--log.trace-steps": self.log.trace_steps,
             "--log.peak-tflops": 1 if self.log.peak_tflops is None else self.log.peak_tflops,
         }
         for name, value in positive.items():
@@ -276,6 +285,7 @@ class TrainConfig:
             "--seed": (self.seed, 0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
             "--data.held-out-fraction": (held_out, 0 < held_out < 1, "between 0 and 1"),
             "--loss.z-loss": (self.loss.z_loss, 0 <= self.loss.z_loss < math.inf, "0 or more and finite"),
+            "--log.gates-every": (self.log.gates_every, self.log.gates_every >= 0, "0 or more"),
             "--data.prefetch": (self.data.prefetch, self.data.prefetch >= 0, "0 or more"),
             "--optimizer.warmup-steps": (optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
             "--optimizer.decay-fraction": (

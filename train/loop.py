@@ -9,24 +9,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deltajax.models import LanguageModel, flops_per_token
+from deltajax.models import LanguageModel
 from train import config as options
 from train.checkpoint import Checkpoints
+from train.command import command
 from train.config import ConfigError, TrainConfig
 from train.data import Batch, train_batches
 from train.evaluation import Evaluation
 from train.failure import NonFiniteError, save_failure
 from train.guard import StopRequest, only_run_in, stop_on_signals
 from train.mesh import MESH_AXES, ShardingRules, data_group, global_batch, make_mesh
-from train.metrics import MetricsFile, Throughput, peak_flops
 from train.mixture import Data, load_data
 from train.model_state import ModelState, model_state
 from train.objective import batch_loss_sum
 from train.optimizer import make_optimizer, make_schedule, state_layout
 from train.processes import Processes
+from train.recorder import Recorder
 from train.report import Report
 from train.sample import sample_text
-from train.step import StepMetrics, TrainState, make_train_step
+from train.step import StepMetrics, TrainState, make_gate_step, make_train_step
+from train.trace import Trace
 
 # Options whose change between a checkpoint and its resumption is worth a note.
 _SHAPES_TRAINING = (
@@ -164,6 +166,7 @@ class Run:
         if self.data.bad.count:
             report.say(self.data.bad.summary())
             self._told_bad = self.data.bad.count
+        report.say(f"to reproduce: {command(self.config)}")
         report.say(f"bigram baseline: {self.evaluation.units(self.bigram)} on held-out text")
         if start >= steps:
             more = 2 * start
@@ -235,30 +238,25 @@ class Run:
             config.optimizer.accumulate,
             config.loss.z_loss,
         )
-        log = MetricsFile(self.directory / "metrics.jsonl", start) if jax.process_index() == 0 else None
-        kind = self.model.mesh.devices.flat[0].device_kind
-        peak = peak_flops(kind, config.log.peak_tflops)
-        throughput = Throughput(
-            flops_per_token(self.model.config, config.data.seq_len),
-            None if peak is None else peak * self.model.mesh.size,
-        )
-
-        def write(line: dict[str, Any]) -> None:
-            self.report.step(line, last=line["step"] == config.steps)
-            if log is not None:
-                log.write(line)
+        path = self.directory / "metrics.jsonl" if self.processes.index == 0 else None
+        recorder = Recorder(config, self._saved_config, self.model, self.report, path, start)
+        trace = Trace(self.directory / "trace", config.log.trace_at if path else None, config.log.trace_steps)
+        gate_step = make_gate_step(self.model.model, self.model.shardings, self.model.mesh, self.rules)
+        gates_every = config.log.gates_every
 
         ok = jnp.ones((), bool)
         pending: tuple[int, StepMetrics, Batch] | None = None
         for step in range(start + 1, config.steps + 1):
             self.processes.now(f"in step {step}")
             batch = next(data)
-            state, metrics = train_step(state, global_batch(batch, self.model.mesh, self.rules), ok)
+            placed = global_batch(batch, self.model.mesh, self.rules)
+            trace.before(step)
+            state, metrics = train_step(state, placed, ok)
             ok = metrics.ok
             if step == start + 1:
-                throughput.restart()  # that call compiled
+                recorder.throughput.restart()  # that call compiled
             if pending is not None:
-                write(self._line(*pending, state, throughput))
+                recorder.write(recorder.line(*pending, state))
             pending = (step, metrics, batch)
 
             stopping = stop.agreed(step)
@@ -266,38 +264,31 @@ class Run:
             evaluate = (step % config.eval.every == 0 or last) and not stopping
             save = step % config.checkpoint.every == 0 or last
             sample = step % config.sample.every == 0 and not last
-            if not (evaluate or save or sample):
+            gates = gates_every > 0 and step % gates_every == 0 and not stopping
+            traced = trace.ends(step)
+            if not (evaluate or save or sample or gates or traced):
                 continue
-            line = self._line(*pending, state, throughput)
+            line = recorder.line(*pending, state)
             pending = None
+            if traced:
+                trace.close()
+                self.report.say(f"trace of steps up to {step}: {self.directory / 'trace'}")
+            if gates:
+                found = jax.device_get(gate_step(state.params, placed))
+                line |= {f"gates/{name}": x.item() for name, x in found.items()}
             if evaluate:
                 line["eval_loss"] = self.evaluate(state)
-            write(line)  # before saving: a resumed run finds the lines of all steps before it
+            recorder.write(line)  # before saving: a resumed run finds the lines of all steps before it
             if save:
                 checkpoints.save(step, state, data, self._saved_config, line.get("eval_loss"))
             if sample and self._can_sample and not stop:
                 self.report.text("sample", self._sample(state), step)
             if last:
                 break
-            throughput.restart()
-        if log is not None:
-            log.close()
+            recorder.throughput.restart()
+        trace.close()
+        recorder.close()
         return state
-
-    def _line(
-        self, step: int, metrics: StepMetrics, batch: Batch, state: TrainState, throughput: Throughput
-    ) -> dict[str, Any]:
-        """A step's numbers, once they are there.
-
-        Raises:
-            NonFiniteError: the step's loss or gradient was not finite; `state` is then still the one
-                before that step.
-        """
-        loss, grad_norm, learning_rate, tokens, ok = (x.item() for x in jax.device_get(metrics))
-        if not ok:
-            raise NonFiniteError(step, loss, grad_norm, state, batch, self._saved_config)
-        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
-        return line | {"tokens": int(tokens)} | throughput.update(tokens)
 
     def evaluate(self, state: TrainState) -> float:
         """Mean loss on the held-out batches, nats per token."""

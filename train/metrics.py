@@ -3,8 +3,15 @@
 import json
 import os
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+# Steps that percentiles of their times are of, and which.
+_RECENT = 100
+_PERCENTILES = (50, 90, 99)
 
 # Dense bf16 peak of one device, TFLOP/s, as JAX names its kind (the vendors' data sheets, without sparsity).
 PEAK_TFLOPS = {
@@ -70,7 +77,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Throughput:
-    """Tokens per second and MFU since the last call, from wall time.
+    """Tokens per second, MFU and step times since the last call, from wall time.
 
     What should not count (compilation, evaluation, saving) is left out by the caller's `restart`.
 
@@ -82,17 +89,26 @@ class Throughput:
     def __init__(self, flops_per_token: float, peak: float | None):
         self._flops_per_token, self._peak = flops_per_token, peak
         self._time = time.perf_counter()
+        self._recent: deque[float] = deque(maxlen=_RECENT)
 
     def restart(self) -> None:
         """Leaves out the time since the last call."""
         self._time = time.perf_counter()
 
     def update(self, tokens: float) -> dict[str, float]:
-        """`{"tokens_per_second": ..., "mfu": ...}` for tokens processed since the last call."""
+        """`{"tokens_per_second": ..., "mfu": ...}` for tokens processed since the last call.
+
+        "step_seconds" is the time since then, "step_seconds_p50" and so on are percentiles of the last
+        hundred: one slow step in twenty hides in a mean.
+        """
         now = time.perf_counter()
-        rate = tokens / max(now - self._time, 1e-9)
+        seconds = max(now - self._time, 1e-9)
+        rate = tokens / seconds
         self._time = now
-        found = {"tokens_per_second": rate}
+        self._recent.append(seconds)
+        found = {"tokens_per_second": rate, "step_seconds": seconds}
+        for percentile, value in zip(_PERCENTILES, np.percentile(self._recent, _PERCENTILES), strict=True):
+            found[f"step_seconds_p{percentile}"] = float(value)
         if self._peak is not None:
             found["mfu"] = rate * self._flops_per_token / self._peak
         return found

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deltajax.models import LanguageModel
+from deltajax.models import LanguageModel, gate_statistics
+from train.groups import group_norms
 from train.mesh import ShardingRules
 from train.objective import batch_loss_sum
 
@@ -26,13 +27,14 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a training step reports, all scalars."""
+    """What a training step reports, scalars."""
 
     loss: jax.Array  # float32, nats per token, z-loss included
     grad_norm: jax.Array  # float32, before clipping
     learning_rate: jax.Array  # float32
     tokens: jax.Array  # float32, targets that counted
     ok: jax.Array  # bool, False from the first step whose loss or gradient was not finite
+    group_norms: dict[str, jax.Array]  # float32, gradient norms before clipping, see `train.groups`
 
 
 def micro_batches(batch: Batch, parts: int, mesh: Mesh, rules: ShardingRules) -> Batch:
@@ -108,7 +110,7 @@ def make_train_step(
         ok = ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        return new, StepMetrics(loss, grad_norm, learning_rate, count, ok)
+        return new, StepMetrics(loss, grad_norm, learning_rate, count, ok, group_norms(grads))
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -133,4 +135,20 @@ def make_eval_step(
         eval_step,
         in_shardings=(param_shardings, rules.tokens(mesh)),
         out_shardings=(replicated, replicated),
+    )
+
+
+def make_gate_step(
+    build: Build, param_shardings: Params, mesh: Mesh, rules: ShardingRules
+) -> Callable[[Params, Batch], dict[str, jax.Array]]:
+    """Builds the jitted `gate_step(params, batch) -> gate_statistics`."""
+
+    def gate_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        with rules.shard_ops(mesh):
+            return gate_statistics(build(params), batch["tokens"], batch["segment_ids"])
+
+    return jax.jit(
+        gate_step,
+        in_shardings=(param_shardings, rules.tokens(mesh)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
     )

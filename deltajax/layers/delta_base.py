@@ -14,6 +14,7 @@ from deltajax.layers.parameters import linear, parameter
 from deltajax.layers.projection import Projection
 from deltajax.layers.sharding import run_convolution, run_op
 from deltajax.ops import Gate, delta_rule_step
+from deltajax.ops.gates import activate
 
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of the op's output, before norm and gate.
 OP_OUTPUT = "delta_rule_output"
@@ -103,9 +104,7 @@ class DeltaLayer(nnx.Module):
           y [B, T, D] in the compute dtype; `(y, cache)` when a cache is given.
         """
         (q, k, v), convs = self._project(x, segment_ids, cache)
-        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))  # [B, T, HV]
-        if self.allow_neg_eigval:
-            beta = 2 * beta
+        beta = self.write_strength(x)
         g, gate = self._decay(x)
         if cache is not None and x.shape[1] == 1:
             o, state = self._step(cache.state, q, k, v, g, beta, gate, segment_ids)
@@ -135,6 +134,19 @@ class DeltaLayer(nnx.Module):
             v_conv=jnp.zeros((*taps, values), self.dtype),
             state=jnp.zeros((batch, self.num_v_heads, self.head_dim, self.head_v_dim), jnp.float32),
         )
+
+    def write_strength(self, x: Float[Array, "B T D"]) -> Float[Array, "B T HV"]:
+        """How much of the new each token writes: in [0, 1], or [0, 2] with `allow_neg_eigval`."""
+        beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
+        return 2 * beta if self.allow_neg_eigval else beta
+
+    def log_decay(self, x: Float[Array, "B T D"]) -> Float[Array, "B T HV ..."] | None:
+        """The log decay that the op makes of each token: [B, T, HV], [B, T, HV, K], or None without decay."""
+        g, gate = self._decay(x)
+        if g is None or gate is None:
+            return g
+        g = g.astype(jnp.float32)
+        return activate(g, gate.A_log, gate.dt_bias, gate.lower_bound, per_channel=g.ndim == 4)
 
     def _decay(self, x: Array) -> tuple[Array | None, Gate | None]:
         """The raw decay projection and the gate parameters that turn it into a log decay."""

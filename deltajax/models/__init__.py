@@ -2,6 +2,7 @@
 
 from deltajax.models.config import ModelConfig
 from deltajax.models.counting import abstract_model, count_parameters, flops_per_token
+from deltajax.models.gate_statistics import gate_statistics
 from deltajax.models.generate import generate
 from deltajax.models.language_model import LanguageModel, ModelCache
 from deltajax.models.presets import PRESETS, get_preset
@@ -15,6 +16,7 @@ __all__ = [
     "abstract_model",
     "count_parameters",
     "flops_per_token",
+    "gate_statistics",
     "generate",
     "get_preset",
     "load_weights",
