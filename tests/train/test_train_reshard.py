@@ -7,10 +7,12 @@ import sys
 import pytest
 
 from tests.train.train_common import TINY, environment, losses, write_text
+from train.metrics import read_metrics
 
 OTHERS = {
     "data 4, fsdp 2": ["--mesh.data", "4", "--mesh.fsdp", "2"],
     "data 2, tensor 4": ["--mesh.data", "2", "--mesh.tensor", "4"],
+    "data 2, context 4": ["--mesh.data", "2", "--mesh.context", "4"],
 }
 # Reductions over devices add in another order on another mesh.
 RTOL = 1e-5
@@ -29,6 +31,12 @@ for name, mesh in others.items():
     shutil.copytree(directory / "whole", directory / name)
     assert main([*common, *mesh, "--run-dir", str(directory / name)]) == 0
 """
+
+
+def gates(directory):
+    """What the last step told of every layer's gates."""
+    line = read_metrics(directory / "metrics.jsonl")[-1]
+    return {name: value for name, value in line.items() if name.startswith("gates/")}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +61,7 @@ def test_a_checkpoint_of_one_mesh_continues_on_others(tmp_path, optimizer, other
     ]
     common += ["--checkpoint.every", "3", "--checkpoint.keep", "9", "--eval.batches", "1"]
     common += ["--optimizer.name", optimizer, "--optimizer.weight-decay", "0.3"]
+    common += ["--log.gates-every", "6" if len(others) > 1 else "0"]
     done = subprocess.run(
         [
             sys.executable,
@@ -74,3 +83,4 @@ def test_a_checkpoint_of_one_mesh_continues_on_others(tmp_path, optimizer, other
         resumed = losses(tmp_path / name)
         assert list(resumed) == list(range(1, 7))
         assert list(resumed.values()) == pytest.approx(list(whole.values()), rel=RTOL), name
+        assert gates(tmp_path / name) == pytest.approx(gates(tmp_path / "whole"), rel=1e-4), name
