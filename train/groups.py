@@ -10,7 +10,7 @@ _GROUPS = {
     "embedding": ("embedding",),
     "lm_head": ("lm_head",),
     "mlp": ("mlp",),
-    "norm": ("norm", "attn_norm", "mlp_norm", "o_norm", "q_norm", "k_norm"),
+    "norm": ("norm", "attn_norm", "mlp_norm", "o_norm", "q_norm", "k_norm", "q_a_norm", "kv_a_norm"),
     "decay": ("A_log", "dt_bias", "a_proj", "f_a_proj", "f_b_proj"),
     "beta": ("b_proj",),
     "output_gate": ("g_proj", "g_a_proj", "g_b_proj"),

@@ -52,7 +52,7 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_sharded_run_equals_one_device(tmp_path, text, optimizer):
     common = [*TINY, "--data.files", text, "--data.batch-size", "8", "--steps", "4"]
     common += ["--optimizer.accumulate", "2", "--preset", "tiny_kda", "--optimizer.name", optimizer]
