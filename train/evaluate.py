@@ -52,7 +52,7 @@ def _evaluate(options, processes: "Processes") -> int:
 
     from train.config import ConfigError
     from train.evaluation import Evaluation
-    from train.mesh import MESH_AXES, ShardingRules, make_mesh
+    from train.mesh import ShardingRules, mesh_of
     from train.mixture import load_data, load_held_out
     from train.model_state import model_state
     from train.saved import open_saved
@@ -79,7 +79,7 @@ def _evaluate(options, processes: "Processes") -> int:
         )
     batch_size = options.batch_size or config.data.batch_size
     try:
-        mesh = make_mesh(**{axis: getattr(options.mesh, axis) for axis in MESH_AXES})
+        mesh = mesh_of(options.mesh)
         model = model_state(saved.model, mesh, rules)
     except ValueError as error:
         raise ConfigError(str(error)) from error

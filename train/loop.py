@@ -18,7 +18,7 @@ from train.data import Batch, train_batches
 from train.evaluation import Evaluation
 from train.failure import NonFiniteError, save_failure
 from train.guard import StopRequest, only_run_in, stop_on_signals
-from train.mesh import MESH_AXES, ShardingRules, data_group, global_batch, make_mesh
+from train.mesh import ShardingRules, data_group, global_batch, mesh_of
 from train.mixture import Data, load_data
 from train.model_state import ModelState, model_state
 from train.objective import batch_loss_sum
@@ -96,8 +96,7 @@ class Run:
         """Reads or opens the data and traces the model; makes no arrays and writes nothing."""
         data = load_data(config.data)
         try:
-            sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
-            mesh = make_mesh(**sizes)
+            mesh = mesh_of(config.mesh)
             data_group(mesh, ShardingRules())
             model = model_state(
                 options.model_config(config, data.tokenizer.vocab_size), mesh, ShardingRules()

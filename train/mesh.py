@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltajax.layers import shard_ops
+from deltajax.layers.sharding import axis_names
 from deltajax.models import ModelConfig
+from train.config import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 # A logical axis lies on no mesh axis (replicated), on one, or on several.
@@ -57,7 +60,7 @@ class ShardingRules:
             if name is not None and name not in known:
                 raise ValueError(f"{where}: unknown logical axis {name!r}; known: {', '.join(sorted(known))}")
             placement = None if name is None else getattr(self, name)
-            for axis in _axes(placement):
+            for axis in axis_names(placement):
                 if axis in used:
                     raise ValueError(
                         f"{where}: logical axes {used[axis]!r} and {name!r} both lie on mesh axis {axis!r}"
@@ -84,7 +87,7 @@ class ShardingRules:
 
     def parts(self, mesh: Mesh, logical_axis: str) -> int:
         """How many parts a mesh cuts that axis into."""
-        return math.prod(mesh.shape[axis] for axis in _axes(getattr(self, logical_axis)))
+        return math.prod(mesh.shape[axis] for axis in axis_names(getattr(self, logical_axis)))
 
     def check_model(self, config: ModelConfig, mesh: Mesh) -> None:
         """Raises ValueError where the mesh does not divide a model's heads, MLP or vocabulary."""
@@ -103,7 +106,9 @@ class ShardingRules:
             sizes |= {("attn_num_heads", "heads"): config.attention_heads}
         for (field, axis), size in sizes.items():
             if size % (parts := self.parts(mesh, axis)):
-                flags = ", ".join(f"--mesh.{name} {mesh.shape[name]}" for name in _axes(getattr(self, axis)))
+                flags = ", ".join(
+                    f"--mesh.{name} {mesh.shape[name]}" for name in axis_names(getattr(self, axis))
+                )
                 raise ValueError(
                     f"argument {flags}: expected a divisor of the model's {field} {size}, which it cuts into "
                     f"{parts} parts"
@@ -120,17 +125,13 @@ class ShardingRules:
         """
         spec = self.spec(logical_axes, where)
         for dim, (name, placement) in enumerate(zip(logical_axes, spec, strict=True)):
-            parts = math.prod(mesh.shape[axis] for axis in _axes(placement))
+            parts = 1 if name is None else self.parts(mesh, name)
             if shape[dim] % parts:
                 raise ValueError(
                     f"{where}: dimension {dim} ({name}) of shape {shape} is not divisible by mesh "
                     f"axis {placement!r} of size {parts}"
                 )
         return NamedSharding(mesh, spec)
-
-
-def _axes(placement: Placement) -> tuple[str, ...]:
-    return () if placement is None else (placement,) if isinstance(placement, str) else placement
 
 
 def make_mesh(
@@ -170,6 +171,11 @@ def make_mesh(
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def mesh_of(options: MeshConfig) -> Mesh:
+    """`make_mesh` of the sizes in a run's options."""
+    return make_mesh(**{axis: getattr(options, axis) for axis in MESH_AXES})
+
+
 def data_group(mesh: Mesh, rules: ShardingRules) -> tuple[int, int]:
     """Which share of a batch's rows this process reads, and how many shares there are.
 
@@ -191,7 +197,7 @@ def data_group(mesh: Mesh, rules: ShardingRules) -> tuple[int, int]:
 
 def _row_parts(mesh: Mesh, rules: ShardingRules) -> dict[int, list[int]]:
     """Process -> which of the parts of a batch's rows its devices hold, in order."""
-    axes = _axes(rules.batch)
+    axes = axis_names(rules.batch)
     sizes = [mesh.shape[axis] for axis in axes]
     parts: dict[int, set[int]] = {}
     for place, device in np.ndenumerate(mesh.devices):
@@ -201,10 +207,15 @@ def _row_parts(mesh: Mesh, rules: ShardingRules) -> dict[int, list[int]]:
     return {process: sorted(own) for process, own in parts.items()}
 
 
+@functools.cache  # asked for every batch, of a pod's many devices
+def _own_parts(mesh: Mesh, rules: ShardingRules) -> list[int]:
+    return _row_parts(mesh, rules)[jax.process_index()]
+
+
 def global_batch(batch: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """The rows of this process's group (see `data_group`), whole -> global arrays, split over the mesh."""
     sharding = rules.tokens(mesh)
-    own, count = _row_parts(mesh, rules)[jax.process_index()], rules.parts(mesh, "batch")
+    own, count = _own_parts(mesh, rules), rules.parts(mesh, "batch")
 
     def place(x: Any) -> jax.Array:
         size = len(x) // len(own)  # rows of a part

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from deltajax.layers.sharding import MatrixGradient, OpSharding, op_sharding
+from deltajax.layers.sharding import MatrixGradient, OpSharding, accumulator, op_sharding
 from deltajax.ops.problem import vary_alike
 
 # Numbers of logits held at a time on a device: 256 MiB in float32, enough rows to fill a chip's matrix units.
@@ -146,7 +146,7 @@ def _chunked(hidden, kernel, targets, mask, options: _Options, columns: tuple[st
         x = jnp.pad(x, [(0, parts * size - tokens)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(parts, size, *x.shape[1:])
 
-    dtype = _accumulator(hidden.dtype)
+    dtype = accumulator(hidden.dtype)
     first = jax.lax.axis_index(columns) * vocab if columns else 0
     chunk = partial(_chunk, kernel, columns, first, options.z_loss, grads)
     chunks = (cut(hidden), cut(targets), cut(mask))
@@ -168,7 +168,7 @@ def _chunked(hidden, kernel, targets, mask, options: _Options, columns: tuple[st
 
 def _chunk(kernel, columns, first, z_loss: float, grads: bool, hidden, targets, mask) -> Any:
     """One chunk: hidden [n, D], targets and mask [n] -> loss, d_hidden [n, D], d_kernel [D, vocab]."""
-    dtype = _accumulator(hidden.dtype)
+    dtype = accumulator(hidden.dtype)
     logits = jnp.matmul(hidden, kernel, preferred_element_type=dtype)  # [n, vocab]
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
     if columns:
@@ -203,10 +203,6 @@ def _chunk_size(tokens: int, vocab: int, chunk_size: int | None) -> int:
     limit -= limit % tile
     parts = -(-tokens // limit)
     return -(-tokens // (parts * tile)) * tile
-
-
-def _accumulator(dtype) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _check(hidden, kernel, targets, mask, z_loss, chunk_size) -> None:

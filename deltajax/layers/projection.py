@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from deltajax.layers.sharding import MatrixGradient, OpSharding, op_sharding
+from deltajax.layers.sharding import MatrixGradient, OpSharding, accumulator, op_sharding
 
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of a projection's output, before the bias.
 PROJECTION_OUTPUT = "projection_output"
@@ -43,11 +43,7 @@ class Projection(nnx.Linear):
         if self.bias is None:
             return y
         # Widened, and with it the sum that is the bias's gradient.
-        return (y.astype(_accumulator(y)) + self.bias[...]).astype(y.dtype)
-
-
-def _accumulator(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+        return (y.astype(accumulator(y.dtype)) + self.bias[...]).astype(y.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -69,7 +65,7 @@ def _product_bwd(axes, where: OpSharding, residuals, dy):
     gradient = MatrixGradient.of(spread, placement, cut)
 
     def local(x, dy):
-        own = jnp.einsum("btn,btm->nm", x, dy, preferred_element_type=_accumulator(x))
+        own = jnp.einsum("btn,btm->nm", x, dy, preferred_element_type=accumulator(x.dtype))
         return gradient.reduce(own).astype(kernel.dtype)
 
     per_token = rows or None, sequence or None

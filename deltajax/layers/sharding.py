@@ -14,9 +14,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deltajax.ops import short_convolution
@@ -183,6 +185,11 @@ def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return x
     spec = P(*(axes or None for axes in where.token_axes(x.shape)))
     return jax.lax.with_sharding_constraint(x, NamedSharding(where.mesh, spec))
+
+
+def accumulator(dtype: DTypeLike) -> Any:
+    """The dtype that products of matrices in ``dtype`` are summed in: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
