@@ -5,15 +5,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from deltajax.layers.attention_cache import AttentionCache
-from deltajax.layers.layout import Layout, causal_mask, layout_of, layouts_on_axis
+from deltajax.layers.layout import Layout, causal_mask, layout_of, layouts_on_axis, without_padding
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
 from deltajax.layers.rotary import RotaryEmbedding
-from deltajax.layers.sharding import op_sharding
+from deltajax.layers.sharding import run_attention
 from deltajax.ops.checks import check_segment_ids
 from deltajax.ops.halo import left_halo
 
@@ -119,7 +118,15 @@ class Attention(nnx.Module):
         k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
         if cache is None:
-            return self._output(self._split_over_mesh(q, k, v, segment_ids), segment_ids)
+            place = "rows sequence heads"
+            o = run_attention(
+                self._attend_alone,
+                (q, k, v),
+                (place, place, place),
+                segment_ids,
+                {"query heads": self.num_heads, "key/value heads": self.num_kv_heads},
+            )
+            return self._output(o, segment_ids)
 
         layout = layout_of(B, T, segment_ids, cache.length)
         q, k = self._rotate(q, k, layout)
@@ -128,8 +135,7 @@ class Attention(nnx.Module):
             keys = new_cache.held()
             k, v = new_cache.key, new_cache.value
         else:
-            held = cache.held()
-            keys = Layout(*(jnp.concatenate(pair, axis=1) for pair in zip(held, layout, strict=True)))
+            keys = cache.held().then(layout)
             k = jnp.concatenate([cache.key.astype(k.dtype), k], axis=1)
             v = jnp.concatenate([cache.value.astype(v.dtype), v], axis=1)
         o = self._attend(q, k, v, self._mask(layout, keys))
@@ -152,25 +158,6 @@ class Attention(nnx.Module):
         if self.rotary is None:
             return q, k
         return self.rotary(q, layout.position), self.rotary(k, layout.position)
-
-    def _split_over_mesh(self, q, k, v, segment_ids) -> Float[Array, "B T N K"]:
-        """`_attend_alone`, under `shard_ops` by each device for its own tokens and heads."""
-        where = op_sharding()
-        if where is None:
-            return self._attend_alone(q, k, v, segment_ids, None)
-        heads = where.split_heads(self.num_heads, "query heads")
-        where.split_heads(self.num_kv_heads, "key/value heads")
-        rows, sequence = (axes or None for axes in where.token_axes(q.shape))
-        ids = () if segment_ids is None else (segment_ids,)
-        per_head = P(rows, sequence, heads)
-        return jax.shard_map(
-            lambda q, k, v, *ids: self._attend_alone(
-                q, k, v, ids[0] if ids else None, where.sequence if sequence else None
-            ),
-            mesh=where.mesh,
-            in_specs=(per_head, per_head, per_head, *(P(rows, sequence) for _ in ids)),
-            out_specs=per_head,
-        )(q, k, v, *ids)
 
     def _attend_alone(self, q, k, v, segment_ids, axis_name: str | None) -> Float[Array, "B T N K"]:
         """Attention among a call's own tokens; in a window, by blocks once that makes fewer logits.
@@ -213,8 +200,7 @@ class Attention(nnx.Module):
         )
 
     def _output(self, o, segment_ids) -> Float[Array, "B T D"]:
-        if segment_ids is not None:
-            o = jnp.where((segment_ids != 0)[..., None, None], o, 0)
+        o = without_padding(o, segment_ids)
         return self.o_proj(o.reshape(*o.shape[:2], -1))
 
 

@@ -5,16 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deltajax.layers.attention_cache import LatentCache
-from deltajax.layers.layout import Layout, causal_mask, layout_of, layouts_on_axis
+from deltajax.layers.layout import Layout, causal_mask, layout_of, layouts_on_axis, without_padding
 from deltajax.layers.norm import RMSNorm
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
 from deltajax.layers.rotary import RotaryEmbedding
-from deltajax.layers.sharding import op_sharding
+from deltajax.layers.sharding import run_attention
 from deltajax.ops.checks import check_segment_ids
 from deltajax.ops.problem import vary_like
 
@@ -148,7 +147,14 @@ class LatentAttention(nnx.Module):
         latent = jnp.concatenate([self.kv_a_norm(latent), shared_key], axis=-1)
         kernel = self.kv_b_proj.kernel[...].reshape(self.kv_lora_rank, self.num_heads, -1)
         if cache is None:
-            return self._output(self._split_over_mesh(q, latent, kernel, segment_ids), segment_ids)
+            o = run_attention(
+                self._attend_alone,
+                (q, latent, kernel),
+                ("rows sequence heads", "rows sequence", "whole heads"),
+                segment_ids,
+                {"heads": self.num_heads},
+            )
+            return self._output(o, segment_ids)
 
         layout = layout_of(B, T, segment_ids, cache.length)
         q, latent = self._rotate(q, latent, layout)
@@ -156,7 +162,7 @@ class LatentAttention(nnx.Module):
         if T == 1:  # the token is its own last key: the ring holds everything it sees
             keys, latents = new_cache.held(), new_cache.latent
         else:
-            keys = Layout(*(jnp.concatenate(x, axis=1) for x in zip(cache.held(), layout, strict=True)))
+            keys = cache.held().then(layout)
             latents = jnp.concatenate([cache.latent.astype(latent.dtype), latent], axis=1)
         attend = self._attend_latents if self._absorbs(T) else self._attend_expanded
         return self._output(attend(q, latents, kernel, causal_mask(layout, keys)), segment_ids), new_cache
@@ -179,28 +185,6 @@ class LatentAttention(nnx.Module):
             jnp.concatenate([q, self.rotary(q_rope, layout.position)], axis=-1),
             jnp.concatenate([latent, key], axis=-1),
         )
-
-    def _split_over_mesh(self, q, latent, kernel, segment_ids) -> Float[Array, "B T H V"]:
-        """`_attend_alone`, under `shard_ops` by each device for its own tokens and heads."""
-        where = op_sharding()
-        if where is None:
-            return self._attend_alone(q, latent, kernel, segment_ids, None)
-        heads = where.split_heads(self.num_heads, "heads")
-        rows, sequence = (axes or None for axes in where.token_axes(q.shape))
-        ids = () if segment_ids is None else (segment_ids,)
-        return jax.shard_map(
-            lambda q, latent, kernel, *ids: self._attend_alone(
-                q, latent, kernel, ids[0] if ids else None, where.sequence if sequence else None
-            ),
-            mesh=where.mesh,
-            in_specs=(
-                P(rows, sequence, heads),
-                P(rows, sequence),
-                P(None, heads),
-                *(P(rows, sequence) for _ in ids),
-            ),
-            out_specs=P(rows, sequence, heads),
-        )(q, latent, kernel, *ids)
 
     def _attend_alone(self, q, latent, kernel, segment_ids, axis_name: str | None) -> Float[Array, "B T H V"]:
         """Attention among a call's own tokens; with `axis_name`, a device's part of rows on that axis."""
@@ -245,8 +229,7 @@ class LatentAttention(nnx.Module):
         return o[..., :V]
 
     def _output(self, o, segment_ids) -> Float[Array, "B T D"]:
-        if segment_ids is not None:
-            o = jnp.where((segment_ids != 0)[..., None, None], o, 0)
+        o = without_padding(o, segment_ids)
         return self.o_proj(o.reshape(*o.shape[:2], -1))
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from deltajax.ops import segments
 
@@ -15,6 +15,10 @@ class Layout(NamedTuple):
 
     run: Int[Array, "B T"]
     position: Int[Array, "B T"]
+
+    def then(self, other: "Layout") -> "Layout":
+        """These tokens, and behind them others."""
+        return Layout(*(jnp.concatenate(pair, axis=1) for pair in zip(self, other, strict=True)))
 
 
 def layout_of(
@@ -46,6 +50,11 @@ def layouts_on_axis(
     whole = layout_of(batch, length * lax.axis_size(axis_name), segment_ids, None)
     start = lax.axis_index(axis_name) * length
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, length, axis=1), whole), whole
+
+
+def without_padding(o: Float[Array, "B T H V"], segment_ids: Int[Array, "B T"] | None) -> Array:
+    """``o`` with zeros for padding."""
+    return o if segment_ids is None else jnp.where((segment_ids != 0)[..., None, None], o, 0)
 
 
 def causal_mask(queries: Layout, keys: Layout, window: int | None = None) -> Bool[Array, "B 1 T S"]:

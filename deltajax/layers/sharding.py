@@ -149,6 +149,49 @@ def run_op(op: Callable[..., Any], arrays: dict[str, Any], **options: Any) -> An
     return split(given)
 
 
+def run_attention(
+    attend: Callable[..., Array],
+    arrays: tuple[Array, ...],
+    places: tuple[str, ...],
+    segment_ids: Int[Array, "B T"] | None,
+    head_counts: dict[str, int],
+) -> Array:
+    """``attend(*arrays, segment_ids, axis_name)``, split over the mesh if `shard_ops` is active.
+
+    Args:
+      attend: returns [B, T, H, V]; of a device's own tokens and heads, given the axis that spreads the tokens
+        or None.
+      arrays: the first is [B, T, H, ...].
+      places: what each array's dimensions are, in order: "rows", "sequence", "heads" or "whole", with blanks
+        between.
+      segment_ids: of the rows, or None.
+      head_counts: numbers that the heads' axes must divide, by what an error calls them.
+    """
+    where = op_sharding()
+    if where is None:
+        return attend(*arrays, segment_ids, None)
+    heads: Axes = None
+    for name, count in head_counts.items():
+        heads = where.split_heads(count, name)
+    rows, sequence = (axes or None for axes in where.token_axes(arrays[0].shape))
+    axes = {"rows": rows, "sequence": sequence, "heads": heads, "whole": None}
+    ids = () if segment_ids is None else (segment_ids,)
+
+    def local(*given):
+        own_ids = given[len(arrays)] if ids else None
+        return attend(*given[: len(arrays)], own_ids, where.sequence if sequence else None)
+
+    return jax.shard_map(
+        local,
+        mesh=where.mesh,
+        in_specs=(
+            *(P(*(axes[name] for name in place.split())) for place in places),
+            *(P(rows, sequence) for _ in ids),
+        ),
+        out_specs=P(rows, sequence, heads),
+    )(*arrays, *ids)
+
+
 def run_convolution(
     x: Float[Array, "B T D"],
     weight: Float[Array, "D W"],
