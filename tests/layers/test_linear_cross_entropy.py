@@ -1,9 +1,6 @@
 """The fused LM head and cross entropy against the plain form, and that it holds no logits of all tokens."""
 
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -13,6 +10,7 @@ import pytest
 
 from deltajax.layers import linear_cross_entropy
 from deltajax.layers.linear_cross_entropy import MAX_LOGITS, _chunk_size
+from tests import eight_devices
 
 # Sums over some hundred terms in another order, in the dtype of the accumulators.
 ROUNDING = {"float64": 1e-13, "float32": 1e-5}
@@ -176,13 +174,4 @@ def test_bad_arguments_are_named(change, message):
 
 
 def test_sharded_loss_equals_one_devices_and_gathers_no_activation():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.layers.sharded_loss"],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    print(run.stdout)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    assert run.stdout.count("\nok ") >= 6
+    eight_devices.check("tests.layers.sharded_loss", least=6)
