@@ -8,6 +8,7 @@ from deltajax.layers.gated_delta_net import GatedDeltaNet
 from deltajax.layers.kimi_delta_attention import KimiDeltaAttention
 from deltajax.layers.latent_attention import LatentAttention
 from deltajax.layers.linear_cross_entropy import linear_cross_entropy
+from deltajax.layers.mixture_of_experts import MixtureOfExperts
 from deltajax.layers.norm import GatedRMSNorm, RMSNorm
 from deltajax.layers.rotary import RotaryEmbedding
 from deltajax.layers.sharding import shard_ops
@@ -23,6 +24,7 @@ __all__ = [
     "KimiDeltaAttention",
     "LatentAttention",
     "LatentCache",
+    "MixtureOfExperts",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",

@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltajax.layers.attention_cache import AttentionCache
 from deltajax.layers.layout import Layout, causal_mask, layout_of, layouts_on_axis, without_padding
+from deltajax.layers.norm import RMSNorm
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
-from deltajax.layers.rotary import RotaryEmbedding
+from deltajax.layers.rotary import RotaryEmbedding, rotated_channels
 from deltajax.layers.sharding import run_attention
 from deltajax.ops.checks import check_segment_ids
 from deltajax.ops.halo import left_halo
@@ -21,7 +22,9 @@ class Attention(nnx.Module):
     """`softmax(q k^T / sqrt(K)) v` over the tokens before, within one segment; projections without bias.
 
     Token t sees tokens s <= t of its own segment, and only t - s < window_size where a window is set.
-    Rotary positions restart with every segment. `jax.nn.dot_product_attention` computes it.
+    Rotary positions restart with every segment. `jax.nn.dot_product_attention` computes it. With `qk_norm`,
+    each head's queries and keys pass an RMSNorm before they are rotated; with `output_gate`, q_proj makes
+    [query | gate] for each head, and what a head returns is multiplied by sigmoid(gate) before o_proj.
 
     Where `shard_ops` spreads a row's tokens over devices, each gathers the keys and values of all of them, or
     receives as many as its window reaches.
@@ -37,6 +40,10 @@ class Attention(nnx.Module):
       head_dim: head size K; None means D // num_heads.
       window_size: tokens seen, the current one included; None for all.
       rope_theta: base of the rotary embedding; None for no position embedding.
+      rope_fraction: share of a head's channels, its first ones, that are rotated.
+      qk_norm: normalise queries and keys per head.
+      output_gate: gate the output.
+      norm_eps, zero_centered_norm: epsilon and form of these norms, see `RMSNorm`.
       initializer_range: standard deviation of the kernels.
       implementation: passed to `jax.nn.dot_product_attention`.
       dtype: compute dtype (the softmax is in float32).
@@ -56,6 +63,11 @@ class Attention(nnx.Module):
         head_dim: int | None = None,
         window_size: int | None = None,
         rope_theta: float | None = 10000.0,
+        rope_fraction: float = 1.0,
+        qk_norm: bool = False,
+        output_gate: bool = False,
+        norm_eps: float = 1e-6,
+        zero_centered_norm: bool = False,
         initializer_range: float = INITIALIZER_RANGE,
         implementation: Literal["xla", "cudnn"] | None = None,
         dtype: DTypeLike = jnp.float32,
@@ -75,7 +87,10 @@ class Attention(nnx.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.window_size = window_size
-        self.rotary = None if rope_theta is None else RotaryEmbedding(head_dim, theta=rope_theta)
+        self.rotary = None
+        if rope_theta is not None:
+            self.rotary = RotaryEmbedding(rotated_channels(head_dim, rope_fraction), theta=rope_theta)
+        self.output_gate = output_gate
         self.implementation = implementation
         self.dtype = dtype
 
@@ -84,10 +99,25 @@ class Attention(nnx.Module):
                 n_in, n_out, axes, std=initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
 
-        self.q_proj = project(hidden_size, num_heads * head_dim, ("embed", "heads"))
+        queries = num_heads * head_dim * (2 if output_gate else 1)
+        self.q_proj = project(hidden_size, queries, ("embed", "heads"))
         self.k_proj = project(hidden_size, num_kv_heads * head_dim, ("embed", "kv_heads"))
         self.v_proj = project(hidden_size, num_kv_heads * head_dim, ("embed", "kv_heads"))
         self.o_proj = project(num_heads * head_dim, hidden_size, ("heads", "embed"))
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(
+                    head_dim,
+                    eps=norm_eps,
+                    zero_centered=zero_centered_norm,
+                    axis="head_dim",
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    rngs=rngs,
+                )
+                for _ in range(2)
+            )
 
     def __call__(
         self,
@@ -114,9 +144,13 @@ class Attention(nnx.Module):
         B, T, _ = x.shape
         if segment_ids is not None:
             check_segment_ids(segment_ids, B, T)
-        q = self.q_proj(x).reshape(B, T, self.num_heads, self.head_dim)
+        q, gate = self.q_proj(x).reshape(B, T, self.num_heads, -1), None
+        if self.output_gate:
+            q, gate = jnp.split(q, 2, axis=-1)
         k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if cache is None:
             place = "rows sequence heads"
             o = run_attention(
@@ -126,7 +160,7 @@ class Attention(nnx.Module):
                 segment_ids,
                 {"query heads": self.num_heads, "key/value heads": self.num_kv_heads},
             )
-            return self._output(o, segment_ids)
+            return self._output(o, gate, segment_ids)
 
         layout = layout_of(B, T, segment_ids, cache.length)
         q, k = self._rotate(q, k, layout)
@@ -139,7 +173,7 @@ class Attention(nnx.Module):
             k = jnp.concatenate([cache.key.astype(k.dtype), k], axis=1)
             v = jnp.concatenate([cache.value.astype(v.dtype), v], axis=1)
         o = self._attend(q, k, v, self._mask(layout, keys))
-        return self._output(o, segment_ids), new_cache
+        return self._output(o, gate, segment_ids), new_cache
 
     def init_cache(self, batch: int, max_length: int) -> AttentionCache:
         """An empty cache for `batch` rows of at most `max_length` tokens (a window needs no more slots)."""
@@ -199,8 +233,10 @@ class Attention(nnx.Module):
             q, k, v, is_causal=True, local_window_size=window, implementation=self.implementation
         )
 
-    def _output(self, o, segment_ids) -> Float[Array, "B T D"]:
+    def _output(self, o, gate, segment_ids) -> Float[Array, "B T D"]:
         o = without_padding(o, segment_ids)
+        if gate is not None:
+            o = o * jax.nn.sigmoid(gate)
         return self.o_proj(o.reshape(*o.shape[:2], -1))
 
 

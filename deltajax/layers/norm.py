@@ -19,9 +19,10 @@ class RMSNorm(nnx.Module):
     Args:
       size: length D of the last axis.
       eps: added to the mean square.
+      zero_centered: multiply by `1 + scale`, which starts at zero, as Qwen3-Next does.
       axis: logical axis name of the scale.
       dtype: dtype of the output.
-      param_dtype: dtype of the scale, which starts at one.
+      param_dtype: dtype of the scale, which starts at one unless `zero_centered`.
       rngs: parameter randomness (the scale needs none; the argument is uniform across layers).
     """
 
@@ -30,20 +31,24 @@ class RMSNorm(nnx.Module):
         size: int,
         *,
         eps: float = 1e-5,
+        zero_centered: bool = False,
         axis: str = "embed",
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.eps = eps
+        self.zero_centered = zero_centered
         self.dtype = dtype
-        self.scale = parameter(nnx.initializers.ones_init(), (size,), (axis,), param_dtype, rngs)
+        start = nnx.initializers.zeros_init() if zero_centered else nnx.initializers.ones_init()
+        self.scale = parameter(start, (size,), (axis,), param_dtype, rngs)
 
     def normalize(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """The scaled normalised input, still in float32."""
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return x * self.scale[...].astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32)
+        return x * (1 + scale if self.zero_centered else scale)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises `x` over its last axis; any leading axes; returns `dtype`."""

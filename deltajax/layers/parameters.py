@@ -10,7 +10,9 @@ caller's business (`eager_sharding` is off).
 | heads, kv_heads | heads times head size of a projection, or the heads alone of a per-head parameter |
 | head_dim | one head's channels, and KDA's low-rank bottleneck (of that size) |
 | latent | the low ranks of multi-head latent attention |
-| mlp | width of the MLP |
+| mlp | width of the MLP, of each expert's too |
+| experts | experts of a mixture |
+| router | one number per expert, or for the shared ones, on every device |
 | vocab | vocabulary |
 | conv | taps of a short convolution |
 | layers | layers stacked for a scan |
@@ -56,6 +58,7 @@ def linear(
     *,
     std: float = INITIALIZER_RANGE,
     use_bias: bool = False,
+    precision: jax.lax.Precision | None = None,
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
@@ -65,6 +68,7 @@ def linear(
         in_features,
         out_features,
         use_bias=use_bias,
+        precision=precision,
         dtype=dtype,
         param_dtype=param_dtype,
         axes=axes,

@@ -25,7 +25,7 @@ class Projection(nnx.Linear):
 
     Args:
       axes: logical names of the kernel's dimensions.
-      options: `nnx.Linear`'s, with `dtype`.
+      options: `nnx.Linear`'s, with `dtype`, and `precision` where it matters.
     """
 
     def __init__(self, *sizes: int, axes: tuple[str, ...], **options: Any):
@@ -36,28 +36,30 @@ class Projection(nnx.Linear):
         """`x @ kernel + bias` in the compute dtype."""
         x, kernel, where = x.astype(self.dtype), self.kernel[...], op_sharding()
         if where is None or x.ndim != 3:
-            y = jnp.matmul(x, kernel.astype(x.dtype), out_sharding=out_sharding)
+            y = jnp.matmul(x, kernel.astype(x.dtype), precision=self.precision, out_sharding=out_sharding)
         else:
             # Named, since a policy that saves products does not see into a custom derivative under a scan.
-            y = checkpoint_name(_product(x, kernel, self.axes, where), PROJECTION_OUTPUT)
+            y = checkpoint_name(_product(x, kernel, self.axes, self.precision, where), PROJECTION_OUTPUT)
         if self.bias is None:
             return y
         # Widened, and with it the sum that is the bias's gradient.
         return (y.astype(accumulator(y.dtype)) + self.bias[...]).astype(y.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x: Float[Array, "B T n"], kernel: Float[Array, "n m"], axes, where) -> Float[Array, "B T m"]:
-    return jnp.matmul(x, kernel.astype(x.dtype))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(
+    x: Float[Array, "B T n"], kernel: Float[Array, "n m"], axes, precision, where
+) -> Float[Array, "B T m"]:
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision)
 
 
-def _product_fwd(x, kernel, axes, where):
-    return _product(x, kernel, axes, where), (x, kernel)
+def _product_fwd(x, kernel, axes, precision, where):
+    return _product(x, kernel, axes, precision, where), (x, kernel)
 
 
-def _product_bwd(axes, where: OpSharding, residuals, dy):
+def _product_bwd(axes, precision, where: OpSharding, residuals, dy):
     x, kernel = residuals
-    dx = jnp.einsum("btm,nm->btn", dy, kernel.astype(dy.dtype))
+    dx = jnp.einsum("btm,nm->btn", dy, kernel.astype(dy.dtype), precision=precision)
     rows, sequence = where.token_axes(x.shape)
     spread = rows + sequence
     placement = tuple(where.dividing(where.axes_of(a), n) for a, n in zip(axes, kernel.shape, strict=True))
@@ -65,7 +67,9 @@ def _product_bwd(axes, where: OpSharding, residuals, dy):
     gradient = MatrixGradient.of(spread, placement, cut)
 
     def local(x, dy):
-        own = jnp.einsum("btn,btm->nm", x, dy, preferred_element_type=accumulator(x.dtype))
+        own = jnp.einsum(
+            "btn,btm->nm", x, dy, precision=precision, preferred_element_type=accumulator(x.dtype)
+        )
         return gradient.reduce(own).astype(kernel.dtype)
 
     per_token = rows or None, sequence or None

@@ -37,6 +37,7 @@ class OpSharding:
     embed: Axes
     vocab: Axes
     mlp: Axes
+    experts: Axes
 
     def size(self, axes: Axes) -> int:
         """Devices along the axes."""
@@ -48,7 +49,13 @@ class OpSharding:
 
     def axes_of(self, logical_axis: str) -> Axes:
         """Where a matrix's dimension of that name (`layers.parameters`) lies."""
-        placed = {"embed": self.embed, "heads": self.heads, "kv_heads": self.heads, "mlp": self.mlp}
+        placed = {
+            "embed": self.embed,
+            "heads": self.heads,
+            "kv_heads": self.heads,
+            "mlp": self.mlp,
+            "experts": self.experts,
+        }
         return placed.get(logical_axis)
 
     def split_sequence(self, tokens: int) -> str | None:
@@ -93,6 +100,7 @@ def shard_ops(
     embed: Axes = None,
     vocab: Axes = None,
     mlp: Axes = None,
+    experts: Axes = None,
 ) -> Iterator[None]:
     """While it is active, layers that are called (or traced by `jax.jit`) run their ops split over ``mesh``.
 
@@ -106,8 +114,10 @@ def shard_ops(
         too, but exchange all tokens.
       embed, vocab, mlp: mesh axes of these dimensions of the matrices, for the sums of their gradients, and
         in the embedding's lookup and `linear_cross_entropy`; without effect where they do not divide them.
+      experts: mesh axes of the experts of `MixtureOfExperts`; they must divide their number. Rows may lie on
+        the same axes.
     """
-    token = _ACTIVE.set(OpSharding(mesh, batch, heads, sequence, embed, vocab, mlp))
+    token = _ACTIVE.set(OpSharding(mesh, batch, heads, sequence, embed, vocab, mlp, experts))
     try:
         yield
     finally:

@@ -24,7 +24,17 @@ MIXERS = {
     "kda_bounded_grouped": functools.partial(
         KimiDeltaAttention, num_heads=1, num_v_heads=2, head_dim=8, head_v_dim=4, lower_bound=-5.0
     ),
-    "full_attention": functools.partial(Attention, num_heads=4, num_kv_heads=2, head_dim=8),
+    # With all that Qwen3-Next's has.
+    "full_attention": functools.partial(
+        Attention,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rope_fraction=0.25,
+        qk_norm=True,
+        output_gate=True,
+        zero_centered_norm=True,
+    ),
     "full_attention_nope": functools.partial(Attention, num_heads=2, head_dim=8, rope_theta=None),
     "sliding_window": functools.partial(Attention, num_heads=2, head_dim=8, window_size=3),
     # With a cache, up to 6 tokens are absorbed.

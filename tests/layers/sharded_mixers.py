@@ -23,7 +23,9 @@ CASES = {
         num_heads=2, num_v_heads=4, head_dim=8, head_v_dim=4, conv_size=9, implementation="scan", **o
     ),
     "kda": lambda **o: KimiDeltaAttention(num_heads=2, head_dim=8, implementation="scan", **o),
-    "full attention": lambda **o: Attention(num_heads=4, num_kv_heads=2, head_dim=6, **o),
+    "full attention": lambda **o: Attention(
+        num_heads=4, num_kv_heads=2, head_dim=8, rope_fraction=0.5, qk_norm=True, output_gate=True, **o
+    ),
     "latent attention": lambda **o: LatentAttention(
         num_heads=2,
         kv_lora_rank=6,

@@ -17,6 +17,15 @@ def test_rms_norm_is_the_formula():
     np.testing.assert_allclose(norm(X), want, rtol=1e-6)
 
 
+def test_a_zero_centred_norm_multiplies_by_one_more_than_its_scale():
+    norm = RMSNorm(8, zero_centered=True, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(norm.scale[...], 0)
+    np.testing.assert_array_equal(norm(X), RMSNorm(8, rngs=nnx.Rngs(0))(X))
+    norm.scale[...] = jnp.arange(8.0)
+    want = X / jnp.sqrt(jnp.mean(X**2, -1, keepdims=True) + 1e-5) * (1 + jnp.arange(8.0))
+    np.testing.assert_allclose(norm(X), want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
 def test_gated_rms_norm_multiplies_by_the_activated_gate(activation):
     norm = GatedRMSNorm(8, activation=activation, rngs=nnx.Rngs(0))

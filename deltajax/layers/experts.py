@@ -1,0 +1,266 @@
+"""The experts of a mixture: each token through those that were chosen for it, all of them, on any mesh."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from deltajax.layers.parameters import INITIALIZER_RANGE, parameter
+from deltajax.layers.sharding import MatrixGradient, OpSharding, accumulator, op_sharding
+
+Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
+_AXES = ("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+
+
+class Experts(nnx.Module):
+    """E SwiGLU layers of one size: `y_t = sum_j weight_tj * expert_{choice_tj}(x_t)`.
+
+    No token is dropped: rows, one per token and choice, are sorted by expert and multiplied by
+    `jax.lax.ragged_dot`. The backward pass keeps the inputs only and makes the two middle products again, for
+    the sorted rows are as many times larger as there are choices.
+
+    Under `shard_ops` with `experts`, a device has its own experts only. It gathers the tokens (and choices)
+    of the devices it shares that axis with, adds up what its experts return for each, and the sums go back to
+    where the tokens lie. An all-to-all would move fewer bytes where there are more devices than choices, but
+    needs a bound on how many rows a device receives, beyond which tokens are dropped; here nothing is. The
+    price: a device's sorted rows take room for all tokens of that axis, should all choose its experts.
+
+    Args:
+      hidden_size: width D.
+      intermediate_size: width F of each expert.
+      num_experts: E.
+      initializer_range: standard deviation of the kernels.
+      dtype: compute dtype; weighted sums are in float32.
+      param_dtype: dtype of the kernels, stacked: gate_proj and up_proj [E, D, F], down_proj [E, F, D].
+      rngs: parameter randomness.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        initializer_range: float = INITIALIZER_RANGE,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.num_experts = num_experts
+        self.dtype = dtype
+        normal = nnx.initializers.normal(initializer_range)
+        wide = (num_experts, hidden_size, intermediate_size)
+        self.gate_proj = parameter(normal, wide, _AXES[0], param_dtype, rngs)
+        self.up_proj = parameter(normal, wide, _AXES[1], param_dtype, rngs)
+        narrow = (num_experts, intermediate_size, hidden_size)
+        self.down_proj = parameter(normal, narrow, _AXES[2], param_dtype, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], choice: Int[Array, "B T J"], weight: Float[Array, "B T J"]
+    ) -> Float[Array, "B T D"]:
+        """The weighted sum of each token's experts.
+
+        Args:
+          x: [B, T, D] input.
+          choice: int32, J experts per token; `num_experts` chooses none (padding).
+          weight: their weights, float32.
+
+        Returns:
+          [B, T, D] in the compute dtype.
+
+        Raises:
+          ValueError: under `shard_ops`, devices that do not divide the experts.
+        """
+        kernels = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
+        where = op_sharding()
+        if where is not None and self.num_experts % where.size(where.experts):
+            raise ValueError(
+                f"shard_ops(experts={where.experts!r}): {self.num_experts} experts do not split over "
+                f"{where.size(where.experts)} devices"
+            )
+        return _apply(x.astype(self.dtype), choice, weight, kernels, where)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _apply(x, choice, weight, kernels: Kernels, where: OpSharding | None) -> Float[Array, "B T D"]:
+    if where is None:
+        return _forward(x, choice, weight, kernels, 0)
+    places = _Places.of(where, x, kernels)
+
+    def local(x, choice, weight, *kernels):
+        x, choice, weight = (places.gather(a) for a in (x, choice, weight))
+        y = _forward(x, choice, weight, places.whole(kernels, x.dtype), places.first(kernels))
+        return places.scatter(y)
+
+    return jax.shard_map(
+        local,
+        mesh=where.mesh,
+        in_specs=(*(places.per_token for _ in range(3)), *places.kernel_specs),
+        out_specs=places.per_token,
+    )(x, choice, weight, *kernels)
+
+
+def _apply_fwd(x, choice, weight, kernels, where):
+    return _apply(x, choice, weight, kernels, where), (x, choice, weight, kernels)
+
+
+def _apply_bwd(where: OpSharding | None, residuals, dy):
+    x, choice, weight, kernels = residuals
+    if where is None:
+        dx, dweight, own = _backward(x, choice, weight, kernels, 0, dy)
+        return dx, None, dweight, tuple(a.astype(b.dtype) for a, b in zip(own, kernels, strict=True))
+    places = _Places.of(where, x, kernels)
+
+    def local(x, choice, weight, dy, *kernels):
+        first, dtypes = places.first(kernels), [w.dtype for w in kernels]
+        x, choice, weight, dy = (places.gather(a) for a in (x, choice, weight, dy))
+        dx, dweight, own = _backward(x, choice, weight, places.whole(kernels, x.dtype), first, dy)
+        reduced = (g.reduce(a).astype(t) for g, a, t in zip(places.gradients, own, dtypes, strict=True))
+        return places.scatter(dx), places.scatter(dweight), tuple(reduced)
+
+    dx, dweight, d_kernels = jax.shard_map(
+        local,
+        mesh=where.mesh,
+        in_specs=(*(places.per_token for _ in range(4)), *places.kernel_specs),
+        out_specs=(places.per_token, places.per_token, places.kernel_specs),
+    )(x, choice, weight, dy, *kernels)
+    return dx, None, dweight, d_kernels
+
+
+_apply.defvjp(_apply_fwd, _apply_bwd)
+
+
+class _Places(NamedTuple):
+    """Where tokens and kernels lie on a mesh.
+
+    Attributes:
+      per_token: the partition of arrays [B, T, ...].
+      experts: mesh axes of the experts.
+      gathered: those of them that tokens lie on too.
+      summed: axes over which devices make parts of the same tokens' sums.
+      gradients: of the kernels, see `MatrixGradient`.
+    """
+
+    per_token: P
+    experts: tuple[str, ...]
+    gathered: tuple[str, ...]
+    summed: tuple[str, ...]
+    gradients: tuple[MatrixGradient, ...]
+
+    @classmethod
+    def of(cls, where: OpSharding, x: Array, kernels: Kernels) -> "_Places":
+        count, hidden, width = kernels[0].shape
+        rows, sequence = where.token_axes(x.shape)
+        spread = rows + sequence
+        experts = where.dividing(where.experts, count)
+        tokens = tuple(axis for axis in spread if axis not in experts)  # of the tokens a device has gathered
+        embed = where.dividing(where.embed, hidden)
+        embed = embed if all(axis in tokens for axis in embed) else ()  # else every device has all channels
+        mlp = tuple(a for a in where.dividing(where.mlp, width) if a not in spread + experts)
+        placed = {"experts": experts, "embed": embed, "mlp": mlp}
+        gradients = []
+        for axes in _AXES:
+            placement = tuple(placed[axis] for axis in axes)
+            cut = tuple(tuple(a for a in own if a not in tokens) for own in placement)
+            gradients.append(MatrixGradient.of(tokens, placement, cut))
+        gathered = tuple(axis for axis in experts if axis in spread)
+        summed = mlp + tuple(axis for axis in experts if axis not in spread)
+        return cls(P(rows or None, sequence or None), experts, gathered, summed, tuple(gradients))
+
+    @property
+    def kernel_specs(self) -> tuple[P, ...]:
+        """The kernels' partitions."""
+        return tuple(g.spec for g in self.gradients)
+
+    def first(self, kernels: tuple[Array, ...]) -> Array | int:
+        """The number of this device's first expert."""
+        return jax.lax.axis_index(self.experts) * kernels[0].shape[0] if self.experts else 0
+
+    def whole(self, kernels: tuple[Array, ...], dtype: DTypeLike) -> Any:
+        """A device's experts in the compute dtype, with all channels of the residual stream."""
+        found = []
+        for kernel, gradient in zip(kernels, self.gradients, strict=True):
+            kernel = kernel.astype(dtype)  # first: what is gathered is small
+            for dim, axes in gradient.scattered:
+                kernel = jax.lax.all_gather(kernel, axes, axis=dim, tiled=True)
+            found.append(kernel)
+        return tuple(found)
+
+    def gather(self, a: Array) -> Array:
+        """All tokens of the devices among which the experts are split."""
+        return jax.lax.all_gather(a, self.gathered, axis=0, tiled=True) if self.gathered else a
+
+    def scatter(self, a: Array) -> Array:
+        """The sums over those devices, each with its own tokens."""
+        a = jax.lax.psum(a, self.summed) if self.summed else a
+        return jax.lax.psum_scatter(a, self.gathered, scatter_dimension=0, tiled=True) if self.gathered else a
+
+
+class _Rows(NamedTuple):
+    """One row per token and choice, in the order of the experts at hand; rows of no such expert come last."""
+
+    order: Int[Array, " N"]  # sorted row -> token * J + choice
+    place: Int[Array, " N"]  # the inverse
+    sizes: Int[Array, " E"]  # rows of each expert
+    real: Array  # bool [N, 1], whether a sorted row has an expert
+
+    @classmethod
+    def of(cls, choice: Int[Array, "B T J"], first: Array | int, experts: int) -> "_Rows":
+        choice = choice.reshape(-1) - first
+        choice = jnp.where((choice >= 0) & (choice < experts), choice, experts)
+        order = jnp.argsort(choice)  # stable
+        ends = jnp.searchsorted(choice[order], jnp.arange(experts + 1))
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+        real = jnp.arange(order.size) < ends[-1]
+        return cls(order, place, jnp.diff(ends).astype(jnp.int32), real[:, None])
+
+    def take(self, x: Float[Array, "B T D"], choices: int) -> Float[Array, "N D"]:
+        """Each sorted row's token."""
+        return jnp.where(self.real, x.reshape(-1, x.shape[-1])[self.order // choices], 0)
+
+    def times(self, x: Float[Array, "N n"], kernel: Float[Array, "E n m"]) -> Float[Array, "N m"]:
+        """Each row by its expert's matrix; zeros for rows without an expert."""
+        return jnp.where(self.real, jax.lax.ragged_dot(x, kernel, self.sizes), 0)
+
+    def back(self, x: Float[Array, "N n"], kernel: Float[Array, "E m n"]) -> Float[Array, "N m"]:
+        """Each row by its expert's transposed matrix."""
+        return self.times(x, kernel.swapaxes(1, 2))
+
+    def outer(self, x: Float[Array, "N n"], y: Float[Array, "N m"]) -> Float[Array, "E n m"]:
+        """`x^T y` of each expert's rows, in the accumulators' dtype."""
+        rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+        return jax.lax.ragged_dot_general(x, y, self.sizes, rows, preferred_element_type=accumulator(x.dtype))
+
+    def sum(self, rows: Float[Array, "N D"], shape: tuple[int, ...]) -> Float[Array, "B T D"]:
+        """Each token's sum over its choices, in the accumulators' dtype; `shape` is [B, T, J]."""
+        rows = rows[self.place].reshape(*shape, -1)
+        return jnp.sum(rows, axis=2, dtype=accumulator(rows.dtype))
+
+
+def _forward(x, choice, weight, kernels, first) -> Float[Array, "B T D"]:
+    gate, up, down = (w.astype(x.dtype) for w in kernels)
+    rows = _Rows.of(choice, first, gate.shape[0])
+    own = rows.take(x, choice.shape[2])
+    y = rows.times(jax.nn.silu(rows.times(own, gate)) * rows.times(own, up), down)
+    y = y.astype(weight.dtype) * weight.reshape(-1)[rows.order][:, None]
+    return rows.sum(y, choice.shape).astype(x.dtype)
+
+
+def _backward(x, choice, weight, kernels, first, dy) -> tuple[Array, Array, tuple[Array, ...]]:
+    """Gradients of `_forward` to x, the weights and the kernels, these in the accumulators' dtype."""
+    gate, up, down = (w.astype(x.dtype) for w in kernels)
+    rows = _Rows.of(choice, first, gate.shape[0])
+    own, dy = (rows.take(a, choice.shape[2]) for a in (x, dy))
+    share = weight.reshape(-1)[rows.order][:, None]
+    middle, gated = jax.vjp(lambda a, b: jax.nn.silu(a) * b, rows.times(own, gate), rows.times(own, up))
+    back = rows.back(dy, down)  # of the unweighted sum
+    dweight = jnp.sum(middle.astype(share.dtype) * back.astype(share.dtype), axis=1)[rows.place]
+    d_gate, d_up = gated((back.astype(share.dtype) * share).astype(x.dtype))
+    dx = rows.sum(rows.back(d_gate, gate) + rows.back(d_up, up), choice.shape).astype(x.dtype)
+    d_down = rows.outer((middle.astype(share.dtype) * share).astype(x.dtype), dy)
+    return dx, dweight.reshape(choice.shape), (rows.outer(own, d_gate), rows.outer(own, d_up), d_down)
