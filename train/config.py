@@ -16,7 +16,9 @@ from deltajax.models.config import REMAT
 
 # Fields of the model's configuration that decide how it computes, and neither its parameters nor, but for
 # rounding, its function: a checkpoint may be resumed with others.
-ARITHMETIC = frozenset({"dtype", "remat", "chunk_size", "implementation", "attention_implementation"})
+ARITHMETIC = frozenset(
+    {"dtype", "remat", "scan_layers", "chunk_size", "implementation", "attention_implementation"}
+)
 
 
 # The choices come from tables, which a static type cannot name.
@@ -52,6 +54,8 @@ class ModelOptions:
     """compute dtype; parameters are float32 always"""
     remat: Remat | None = None
     """what blocks keep for the backward pass, from fastest to smallest; the rest is computed again"""
+    scan_layers: bool | None = None
+    """one loop over equal layers; without it compiling takes longer, and a step less time"""
     chunk_size: int | None = None
     """chunk of the delta-rule ops"""
     implementation: Literal["pallas", "chunked", "scan"] | None = None

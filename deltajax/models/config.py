@@ -79,6 +79,8 @@ class ModelConfig:
       param_dtype: parameter dtype (`A_log` and `dt_bias` are float32 always).
       remat: what blocks keep for the backward pass, one of `REMAT`, from fastest to smallest; see
         `models.remat.rematerialized`.
+      scan_layers: one loop over equal layers; False writes them all out: compiling takes longer, and a step
+        less time, since what the loop stacks and copies for the backward pass stays where it is.
       chunk_size: chunk of the delta-rule ops, a power of two >= 16; None for the op's choice.
       implementation: backend of the delta-rule ops, None for the op's choice.
       attention_implementation: backend of `jax.nn.dot_product_attention` in `sliding_window` and
@@ -117,6 +119,7 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    scan_layers: bool = True
     chunk_size: int | None = None
     implementation: str | None = None
     attention_implementation: str | None = None

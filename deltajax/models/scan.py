@@ -18,17 +18,19 @@ GroupCache = tuple[LayerCache, ...]  # one per block of the unit, each leaf with
 class ScannedBlocks(nnx.Module):
     """`unit` (a tuple of mixer kinds) applied `repeats` times; parameters carry a leading "layers" axis.
 
-    Compile time depends on the unit, not on `repeats`.
+    Compile time depends on the unit, not on `repeats`, unless the layers are written out.
 
     Args:
       group: unit and repeats.
-      config: the model's configuration; `config.remat` says what the backward pass recomputes.
+      config: the model's configuration; `config.remat` says what the backward pass recomputes,
+        `config.scan_layers` whether one loop runs over the layers.
       rngs: parameter randomness; each layer draws its own.
     """
 
     def __init__(self, group: LayerGroup, config: ModelConfig, *, rngs: nnx.Rngs):
         self.repeats = group.repeats
         self.remat = config.remat
+        self.loop = config.scan_layers and group.repeats > 1
 
         @nnx.split_rngs(splits=group.repeats)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -55,8 +57,8 @@ class ScannedBlocks(nnx.Module):
                 new_caches.append(new)
             return x, None if caches is None else tuple(new_caches)
 
-        unit = rematerialized(unit, self.remat, in_loop=self.repeats > 1)
-        return jax.lax.scan(unit, x, (state, cache))
+        unit = rematerialized(unit, self.remat, in_loop=self.loop)
+        return jax.lax.scan(unit, x, (state, cache), unroll=not self.loop)
 
     def init_cache(self, batch: int, max_length: int) -> GroupCache:
         """Empty caches of all layers, stacked."""

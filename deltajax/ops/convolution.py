@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from deltajax.ops import checks, segments
 from deltajax.ops.halo import left_halo
+from deltajax.ops.taps import apply_taps
 
 
 def short_convolution(
@@ -47,7 +48,7 @@ def short_convolution(
     _check(x, weight, bias, activation, segment_ids, cache, axis_name)
     B, T, D = x.shape
     W = weight.shape[1]
-    dtype = jnp.result_type(jnp.float32, x.dtype, weight.dtype)
+    given = x
     if segment_ids is not None:
         x = jnp.where((segment_ids != 0)[..., None], x, 0)
 
@@ -65,23 +66,11 @@ def short_convolution(
         else:  # the past stands just before the first real token
             padded, reach = _join_rows(past, x, segments.runs(segment_ids))
 
-    @jax.checkpoint  # keep the inputs for the backward pass, not W shifted copies of them in float32
-    def taps(padded, weight, bias):
-        total = jnp.zeros((B, T, D), dtype)
-        for j in range(W):
-            tap = padded[:, W - 1 - j : W - 1 - j + T].astype(dtype)
-            if reach is not None:
-                same = reach[:, W - 1 - j : W - 1 - j + T] == reach[:, W - 1 :]
-                tap = jnp.where(same[..., None], tap, 0)
-            total = total + tap * weight[:, W - 1 - j].astype(dtype)
-        if bias is not None:
-            total = total + bias.astype(dtype)
-        y = jax.nn.silu(total) if activation == "silu" else total
-        return y.astype(x.dtype)
-
-    y = taps(padded, weight, bias)
-    if segment_ids is not None:
-        y = jnp.where((segment_ids != 0)[..., None], y, 0)
+    if cache is None and axis_name is None:  # nothing stands before x: no copy with the past before it
+        runs = None if segment_ids is None else segments.runs(segment_ids)
+        y = apply_taps(given, weight, bias, runs, activation)
+    else:
+        y = apply_taps(padded, weight, bias, reach, activation)[:, W - 1 :]
     last = padded[:, T:] if reach is None else _last_inputs(padded, reach, W)
     return y, last if axis_name is None else _of_last_device(last, segment_ids, axis_name)
 

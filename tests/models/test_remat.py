@@ -12,6 +12,7 @@ from flax import nnx
 from deltajax.models import LanguageModel
 from deltajax.models.config import REMAT
 from deltajax.models.remat import POLICIES
+from tests import cases
 
 T = 32
 # Second computations may fuse, and so round, differently.
@@ -30,6 +31,19 @@ def loss(graph, tokens):
 
 def tokens():
     return jax.random.randint(jax.random.key(0), (2, T), 0, 17)
+
+
+def test_layers_written_out_are_the_layers_of_the_loop(tiny):
+    def gradient(scan_layers):
+        changes = dict(layer_pattern=("delta_net",), num_layers=2, scan_layers=scan_layers)
+        graph, state = split(tiny, "save_dots", **changes)
+        run = jax.jit(jax.grad(loss(graph, tokens())))
+        return run(state), run.lower(state).as_text().count("stablehlo.while")
+
+    (looped, loops), (written_out, fewer) = gradient(True), gradient(False)
+    for a, b in zip(jax.tree.leaves(written_out), jax.tree.leaves(looped), strict=True):
+        assert cases.relative_error(a, b) < 1e-5
+    assert fewer == loops - 2  # of the chunks' and the layers' loops, forward and backward
 
 
 def kept_bytes(tiny, remat, **changes):

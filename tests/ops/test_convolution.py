@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from deltajax.ops import short_convolution
 from tests import cases
@@ -75,6 +76,35 @@ def test_the_cache_holds_the_last_segments_last_inputs_without_padding(rng):
     np.testing.assert_array_equal(cache[0], x[0, 2:5])
     np.testing.assert_array_equal(cache[1], jnp.concatenate([jnp.zeros((1, 5)), x[1, 6:8]]))
     np.testing.assert_array_equal(cache[2], before[2])
+
+
+@pytest.mark.parametrize("activation", ("silu", None))
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("cached", (False, True))
+def test_gradients_are_those_of_finite_differences(rng, activation, packed, cached):
+    ids = packed_ids() if packed else None
+    with jax.enable_x64(True):
+        x, weight, bias, before = (
+            jnp.asarray(rng.normal(size=shape)) for shape in ((2, 14, 5), (5, 4), (5,), (2, 3, 5))
+        )
+
+        def run(x, weight, bias, before):
+            cache = before if cached else None
+            return short_convolution(
+                x, weight, bias=bias, activation=activation, segment_ids=ids, cache=cache
+            )
+
+        check_grads(run, (x, weight, bias, before), order=1, modes=["rev"])
+
+
+def test_what_stands_at_padding_reaches_nothing(rng):
+    x, weight, bias, ids = draw(rng, 2, 14, 5), draw(rng, 5, 4), draw(rng, 5), packed_ids()
+
+    def run(x):
+        y, pull = jax.vjp(lambda x, w, b: short_convolution(x, w, bias=b, segment_ids=ids), x, weight, bias)
+        return y, pull(y)
+
+    jax.tree.map(np.testing.assert_array_equal, run(x), run(jnp.where((ids == 0)[..., None], jnp.nan, x)))
 
 
 @pytest.mark.parametrize("dtype", (np.uint8, np.int8, np.int32))

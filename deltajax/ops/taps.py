@@ -1,0 +1,102 @@
+"""The taps of the short convolution, with a derivative of their own that keeps nothing but the inputs."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from deltajax.ops.problem import vary_alike
+
+
+def apply_taps(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "D W"],
+    bias: Float[Array, " D"] | None,
+    runs: Int[Array, "B T"] | None,
+    activation: str | None,
+) -> Float[Array, "B T D"]:
+    """``y_t = activation(bias + sum_j weight[:, W - 1 - j] * x_{t-j})``, with zeros before x.
+
+    Args:
+      x: [B, T, D]; may be anything where ``runs`` is 0.
+      weight: [D, W].
+      bias: [D] or None.
+      runs: [B, T], a number for each token: a tap reaches tokens of its own token's number only, and y is 0
+        where it is 0. None: all the same.
+      activation: "silu" or None.
+
+    Returns:
+      y: [B, T, D] in x's dtype; the sum is in float32 (float64 if x or weight is).
+    """
+    counts = None if runs is None else _counting(runs, weight.shape[1])
+    return _taps(activation, *vary_alike(x, weight, bias, counts))
+
+
+def _counting(runs: Int[Array, "B T"], W: int) -> Int[Array, "B T"]:
+    """Bit j says whether a token's tap j counts; bit 0, whether the token does."""
+    counts = jnp.zeros(runs.shape, jnp.int32)
+    for j in range(W):
+        counts += jnp.where((runs != 0) & (_later(runs, j) == runs), 1 << j, 0)
+    return counts
+
+
+def _later(x: Array, j: int) -> Array:
+    """``x[:, t - j]`` at t, zeros before x; -j takes it back."""
+    if j == 0:
+        return x
+    edges = [(0, 0, 0), (j, -j, 0), (0, 0, 0)][: x.ndim]
+    return lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+
+def _of_tap(counts: Int[Array, "B T"] | None, j: int, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """x where tap j counts, else 0, even for NaN."""
+    return x if counts is None else jnp.where(((counts >> j) & 1 != 0)[..., None], x, 0)
+
+
+def _weighted(x: Array, weight: Array, bias: Array | None, counts: Array | None) -> Array:
+    """What the activation is taken of, [B, T, D] in at least float32."""
+    dtype = jnp.result_type(jnp.float32, x.dtype, weight.dtype)
+    W = weight.shape[1]
+    total: Any = 0 if bias is None else bias.astype(dtype)
+    for j in range(W):
+        total += _of_tap(counts, j, _later(x, j)).astype(dtype) * weight[:, W - 1 - j].astype(dtype)
+    return total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _taps(activation: str | None, x: Array, weight: Array, bias: Array | None, counts: Array | None) -> Array:
+    z = _weighted(x, weight, bias, counts)
+    return _of_tap(counts, 0, jax.nn.silu(z) if activation == "silu" else z).astype(x.dtype)
+
+
+def _forward(activation, x, weight, bias, counts):
+    return _taps(activation, x, weight, bias, counts), (x, weight, bias, counts)
+
+
+def _backward(activation, saved, dy):
+    x, weight, bias, counts = saved
+    W = weight.shape[1]
+    dtype = jnp.result_type(jnp.float32, x.dtype, weight.dtype)
+    dz = _of_tap(counts, 0, dy).astype(dtype)
+    if activation == "silu":
+        z = _weighted(x, weight, bias, counts)
+        s = jax.nn.sigmoid(z)
+        dz *= s * (1 + z * (1 - s))
+    dz = lax.optimization_barrier(dz)  # computed once, not by each of its W + 1 users
+    dx = jnp.zeros(x.shape, dtype)
+    dweight: list[Array] = []
+    for j in range(W):
+        dx += _later(_of_tap(counts, j, dz), -j) * weight[:, W - 1 - j].astype(dtype)
+        dweight.insert(0, jnp.sum(dz * _of_tap(counts, j, _later(x, j)).astype(dtype), axis=(0, 1)))
+    return (
+        dx.astype(x.dtype),
+        jnp.stack(dweight, axis=1).astype(weight.dtype),
+        None if bias is None else dz.sum(axis=(0, 1)).astype(bias.dtype),
+        None,
+    )
+
+
+_taps.defvjp(_forward, _backward)
