@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from deltajax.models import PRESETS, ModelConfig, get_preset
+from deltajax.models import PRESETS, ModelConfig, get_preset, kda_mla_pattern
 from deltajax.models.config import REMAT
 
 # Fields of the model's configuration that decide how it computes, and neither its parameters nor, but for
@@ -48,6 +48,9 @@ class ModelOptions:
     """query/key head size of the delta-rule layers"""
     intermediate_size: int | None = None
     """width of the MLP"""
+    kda_per_mla: int | None = None
+    """KDA layers before each layer of latent attention (0: that alone), for presets with both; the last layer
+    is latent attention too"""
     allow_neg_eigval: bool | None = None
     """write strengths in [0, 2] instead of [0, 1]"""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -173,6 +176,8 @@ class MeshConfig:
     """copies of the model; -1 takes the devices that the others leave"""
     fsdp: int = 1
     """parts that parameters and optimizer state are split into"""
+    expert: int = 1
+    """parts that the experts of a mixture are split into; divides their number"""
     context: int = 1
     """parts that each row's tokens are split into (context parallelism); divides their number"""
     tensor: int = 1
@@ -248,6 +253,7 @@ class TrainConfig:
             "--checkpoint.every": self.checkpoint.every,
             "--checkpoint.keep": self.checkpoint.keep,
             "--mesh.fsdp": self.mesh.fsdp,
+            "--mesh.expert": self.mesh.expert,
             "--mesh.context": self.mesh.context,
             "--mesh.tensor": self.mesh.tensor,
             "--mesh.join-within": self.mesh.join_within,
@@ -339,12 +345,18 @@ def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
         ConfigError: an override that the model refuses.
     """
     changes = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
+    ratio = changes.pop("kda_per_mla", None)
     multiple = 128 if vocab_size > 1024 else 4
     vocab_size = -(-vocab_size // multiple) * multiple
     try:
         preset = get_preset(config.preset)
         # A hybrid cut short keeps the head of its pattern.
         pattern = preset.layer_pattern[: config.model.num_layers]
+        if ratio is not None:
+            kinds = sorted(set(preset.layer_pattern))
+            if kinds != ["kda", "latent_attention"]:
+                raise ValueError(f"kda_per_mla={ratio}: the preset's layers are {', '.join(kinds)}")
+            pattern = kda_mla_pattern(config.model.num_layers or preset.num_layers, ratio)
         return preset.replace(
             vocab_size=vocab_size, param_dtype="float32", **{"layer_pattern": pattern, **changes}
         )

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 _GROUPS = {
     "embedding": ("embedding",),
     "lm_head": ("lm_head",),
+    "router": ("router", "correction_bias", "shared_gate"),
+    "experts": ("experts",),
     "mlp": ("mlp",),
     "norm": ("norm", "attn_norm", "mlp_norm", "o_norm", "q_norm", "k_norm", "q_a_norm", "kv_a_norm"),
     "decay": ("A_log", "dt_bias", "a_proj", "f_a_proj", "f_b_proj"),

@@ -18,7 +18,7 @@ from deltajax.layers.sharding import axis_names
 from deltajax.models import ModelConfig
 from train.config import MeshConfig
 
-MESH_AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 # A logical axis lies on no mesh axis (replicated), on one, or on several.
 Placement = None | str | tuple[str, ...]
 
@@ -31,10 +31,11 @@ class ShardingRules:
     one; what has none (decay rates, convolution taps, the second matrices of low-rank projections in KDA's
     gates and latent attention) is small and not split there. Over "tensor" go heads, the MLP's width and the
     vocabulary: of the parameters, and of the activations between a block's first matrices and its last.
-    Activations are split along the batch and, over "context", along the sequence.
+    Over "expert" go the experts of a mixture, while other parameters have a copy there; routers are whole on
+    every device. Activations are split along the batch and, over "context", along the sequence.
     """
 
-    batch: Placement = ("data", "fsdp")
+    batch: Placement = ("data", "fsdp", "expert")
     sequence: str | None = "context"
     embed: Placement = "fsdp"
     vocab: Placement = "tensor"
@@ -43,6 +44,8 @@ class ShardingRules:
     head_dim: Placement = None
     latent: Placement = None
     mlp: Placement = "tensor"
+    experts: Placement = "expert"
+    router: Placement = None
     conv: Placement = None
     layers: Placement = None
 
@@ -79,6 +82,7 @@ class ShardingRules:
             embed=self.embed,
             vocab=self.vocab,
             mlp=self.mlp,
+            experts=self.experts,
         )
 
     def tokens(self, mesh: Mesh) -> NamedSharding:
@@ -90,11 +94,19 @@ class ShardingRules:
         return math.prod(mesh.shape[axis] for axis in axis_names(getattr(self, logical_axis)))
 
     def check_model(self, config: ModelConfig, mesh: Mesh) -> None:
-        """Raises ValueError where the mesh does not divide a model's heads, MLP or vocabulary."""
-        sizes = {
-            ("intermediate_size", "mlp"): config.intermediate_size,
-            ("vocab_size", "vocab"): config.vocab_size,
-        }
+        """Raises ValueError where the mesh does not divide a model's heads, MLPs, experts or vocabulary."""
+        sizes: dict[tuple[str, str], int] = {}
+        kinds = {kind.mlp for kind in config.blocks}
+        if "dense" in kinds:
+            sizes |= {("intermediate_size", "mlp"): config.intermediate_size}
+        if "experts" in kinds:
+            sizes |= {
+                ("num_experts", "experts"): config.num_experts or 0,
+                ("expert_intermediate_size", "mlp"): config.expert_intermediate_size or 0,
+            }
+        elif (parts := self.parts(mesh, "experts")) > 1:
+            raise ValueError(f"argument --mesh.expert {parts}: the model's layers have no experts")
+        sizes |= {("vocab_size", "vocab"): config.vocab_size}
         if config.has_delta:
             sizes |= {("num_heads", "heads"): config.num_heads}
         if config.has_attention:
@@ -135,14 +147,21 @@ class ShardingRules:
 
 
 def make_mesh(
-    data: int, fsdp: int, devices: Sequence[Any] | None = None, *, context: int = 1, tensor: int = 1
+    data: int,
+    fsdp: int,
+    devices: Sequence[Any] | None = None,
+    *,
+    expert: int = 1,
+    context: int = 1,
+    tensor: int = 1,
 ) -> Mesh:
-    """A [data, fsdp, context, tensor] mesh over the available devices.
+    """A [data, fsdp, expert, context, tensor] mesh over the available devices.
 
     Args:
         data: copies of the parameters; -1 takes every device left over by the others.
         fsdp: parts that parameters and optimizer state are split into.
         devices: None for `jax.devices()`.
+        expert: parts that the experts are split into.
         context: parts that each row's tokens are split into.
         tensor: parts that heads, MLP and vocabulary are split into, of parameters and of activations.
 
@@ -151,7 +170,7 @@ def make_mesh(
             idle; several processes must use all of them.
     """
     devices = jax.devices() if devices is None else devices
-    others = (fsdp, context, tensor)
+    others = (fsdp, expert, context, tensor)
     if min(others) < 1 or (data < 1 and data != -1):
         sizes = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, (data, *others), strict=True))
         raise ValueError(f"mesh sizes must be positive (or data -1), got {sizes}")

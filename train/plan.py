@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from deltajax.models import get_preset
+from deltajax.models import count_active_parameters, get_preset
 from train import tpu_aot
 from train.config import (
     ConfigError,
@@ -49,6 +49,8 @@ class MeshShape:
     """copies of the model; -1 takes the devices that the others leave"""
     fsdp: int = 1
     """parts that parameters and optimizer state are split into"""
+    expert: int = 1
+    """parts that the experts of a mixture are split into; divides their number"""
     context: int = 1
     """parts that each row's tokens are split into (context parallelism); divides their number"""
     tensor: int = 1
@@ -142,8 +144,10 @@ def show(plan: Plan, step: PodStep, console: Console) -> None:
     """Prints the report."""
     shape = _shape(step.mesh.shape)
     tokens = plan.batch * plan.seq_len
+    active, total = count_active_parameters(step.model.config), step.model.num_parameters
     console.print(
-        f"{plan.preset}: {step.model.num_parameters:,} parameters, {plan.optimizer.name}, remat "
+        f"{plan.preset}: {total:,} parameters{f' ({active:,} active)' if active != total else ''}, "
+        f"{plan.optimizer.name}, remat "
         f"{step.model.config.remat}, {plan.optimizer.accumulate} micro-batch(es)\n"
         f"{plan.topology}: {step.mesh.size} devices as {shape}; {plan.batch} rows x {plan.seq_len} = "
         f"{tokens:,} tokens a step"

@@ -24,8 +24,9 @@ class KimiDeltaAttention(DeltaLayer):
     `g_t = -exp(A_log) softplus(f_t + dt_bias)`, or with a bound
     `g_t = lower_bound * sigmoid(exp(A_log) (f_t + dt_bias))`, where `f_t = f_b_proj(f_a_proj(x_t))`, in R^K
     per value head, passes a bottleneck of size V. Output: `RMSNorm(o) * sigmoid(g_b_proj(g_a_proj(x)))`,
-    of the same bottleneck, `g_b_proj` with a bias. `A_log` starts at log Uniform(1, 16) (zero with a bound,
-    where it only sets the sigmoid's slope), `dt_bias` as in `GatedDeltaNet`; both stay float32.
+    of the same bottleneck, `g_b_proj` with a bias unless `gate_bias` is off, as in Kimi Linear. `A_log`
+    starts at log Uniform(1, 16) (zero with a bound, where it only sets the sigmoid's slope), `dt_bias` as in
+    `GatedDeltaNet`; both stay float32.
 
     Args:
       hidden_size: width D.
@@ -37,6 +38,7 @@ class KimiDeltaAttention(DeltaLayer):
       conv_size: taps of the short convolutions.
       allow_neg_eigval: beta in [0, 2] (arXiv 2411.12537).
       lower_bound: bound (< 0) of the log decay of one token, or None.
+      gate_bias: whether `g_b_proj` has a bias.
       norm_eps: epsilon of the output norm.
       initializer_range: standard deviation of kernels and taps.
       chunk_size, implementation: passed to `deltajax.ops.kimi_delta_attention`.
@@ -60,6 +62,7 @@ class KimiDeltaAttention(DeltaLayer):
         conv_size: int = 4,
         allow_neg_eigval: bool = False,
         lower_bound: float | None = None,
+        gate_bias: bool = True,
         norm_eps: float = 1e-5,
         initializer_range: float = INITIALIZER_RANGE,
         chunk_size: int | None = None,
@@ -94,7 +97,7 @@ class KimiDeltaAttention(DeltaLayer):
         self.A_log = parameter(rate, (HV,), ("heads",), jnp.float32, rngs)
         self.dt_bias = parameter(inverse_softplus_step(), (HV, K), ("heads", "head_dim"), jnp.float32, rngs)
         self.g_a_proj = self._linear(hidden_size, V, ("embed", "head_dim"), rngs)
-        self.g_b_proj = self._linear(V, HV * V, ("head_dim", "heads"), rngs, use_bias=True)
+        self.g_b_proj = self._linear(V, HV * V, ("head_dim", "heads"), rngs, use_bias=gate_bias)
         self.o_norm = self._norm(rngs, "sigmoid")
 
     def _decay(self, x):

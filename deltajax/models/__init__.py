@@ -1,11 +1,16 @@
 """Language models over any pattern of delta-rule and attention layers."""
 
 from deltajax.models.config import ModelConfig
-from deltajax.models.counting import abstract_model, count_parameters, flops_per_token
+from deltajax.models.counting import (
+    abstract_model,
+    count_active_parameters,
+    count_parameters,
+    flops_per_token,
+)
 from deltajax.models.gate_statistics import gate_statistics
 from deltajax.models.generate import generate
 from deltajax.models.language_model import LanguageModel, ModelCache
-from deltajax.models.presets import PRESETS, get_preset
+from deltajax.models.presets import PRESETS, get_preset, kda_mla_pattern
 from deltajax.models.weights import load_weights, save_weights
 
 __all__ = [
@@ -14,11 +19,13 @@ __all__ = [
     "ModelCache",
     "ModelConfig",
     "abstract_model",
+    "count_active_parameters",
     "count_parameters",
     "flops_per_token",
     "gate_statistics",
     "generate",
     "get_preset",
+    "kda_mla_pattern",
     "load_weights",
     "save_weights",
 ]

@@ -1,4 +1,4 @@
-"""One pre-norm block: a mixer, then an MLP, each added to the residual stream."""
+"""One pre-norm block: a mixer, then an MLP or experts, each added to the residual stream."""
 
 from typing import Any
 
@@ -14,11 +14,12 @@ from deltajax.layers import (
     KimiDeltaAttention,
     LatentAttention,
     LatentCache,
+    MixtureOfExperts,
     RMSNorm,
     SwiGLU,
 )
 from deltajax.layers.sharding import shard_tokens
-from deltajax.models.config import ModelConfig
+from deltajax.models.config import LayerKind, ModelConfig
 
 LayerCache = DeltaCache | AttentionCache | LatentCache
 
@@ -27,22 +28,19 @@ class Block(nnx.Module):
     """`x = x + mixer(attn_norm(x))`, then `x = x + mlp(mlp_norm(x))`.
 
     Args:
-      kind: the mixer, one of `config.MIXERS`.
+      kind: the mixer, and whether the MLP is one or a mixture of experts.
       config: the model's configuration.
       rngs: parameter randomness.
     """
 
-    def __init__(self, kind: str, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, kind: LayerKind, config: ModelConfig, *, rngs: nnx.Rngs):
         common: dict[str, Any] = dict(dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs)
-        self.attn_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **common)
-        self.mixer = _mixer(kind, config, common | {"initializer_range": config.initializer_range})
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, **common)
-        self.mlp = SwiGLU(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            initializer_range=config.initializer_range,
-            **common,
-        )
+        norm = dict(eps=config.norm_eps, zero_centered=config.zero_centered_norm) | common
+        drawn = common | {"initializer_range": config.initializer_range}
+        self.attn_norm = RMSNorm(config.hidden_size, **norm)
+        self.mixer = _mixer(kind.mixer, config, drawn)
+        self.mlp_norm = RMSNorm(config.hidden_size, **norm)
+        self.mlp = _mlp(kind.mlp, config, drawn)
 
     def __call__(
         self,
@@ -52,10 +50,25 @@ class Block(nnx.Module):
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Applies the block; the cache is None when none is given."""
+        x, cache = self.mix(x, segment_ids=segment_ids, cache=cache)
+        return self.feed(x, segment_ids=segment_ids), cache
+
+    def mix(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        """The block's first half: `x + mixer(attn_norm(x))`, and the cache."""
         mixed = self.mixer(self.attn_norm(x), segment_ids=segment_ids, cache=cache)
         y, cache = (mixed, None) if cache is None else mixed
-        x = shard_tokens(x + y)
-        return shard_tokens(x + self.mlp(self.mlp_norm(x))), cache
+        return shard_tokens(x + y), cache
+
+    def feed(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None) -> Array:
+        """The second: `x + mlp(mlp_norm(x))`."""
+        given = {"segment_ids": segment_ids} if isinstance(self.mlp, MixtureOfExperts) else {}
+        return shard_tokens(x + self.mlp(self.mlp_norm(x), **given))
 
     def init_cache(self, batch: int, max_length: int) -> LayerCache:
         """The mixer's empty cache."""
@@ -73,6 +86,11 @@ def _mixer(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
             head_dim=config.attention_head_dim,
             window_size=config.window_size if kind == "sliding_window" else None,
             rope_theta=config.rope_theta,
+            rope_fraction=config.attn_rope_fraction,
+            qk_norm=config.attn_qk_norm,
+            output_gate=config.attn_output_gate,
+            norm_eps=config.norm_eps,
+            zero_centered_norm=config.zero_centered_norm,
             implementation=config.attention_implementation,
         )
         return Attention(**options, **common)
@@ -102,7 +120,25 @@ def _mixer(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
         **common,
     )
     if kind == "kda":
-        return KimiDeltaAttention(lower_bound=config.lower_bound, **options)
+        return KimiDeltaAttention(lower_bound=config.lower_bound, gate_bias=config.kda_gate_bias, **options)
     if config.use_gate is not None:
         options["use_gate"] = config.use_gate
     return DeltaNet(**options) if kind == "delta_net" else GatedDeltaNet(**options)
+
+
+def _mlp(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
+    if kind == "dense":
+        return SwiGLU(hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, **common)
+    options: dict[str, Any] = dict(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.expert_intermediate_size,
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        num_shared_experts=config.num_shared_experts,
+        shared_gate=config.shared_expert_gate,
+        router=config.router,
+        correction_bias=config.router_bias,
+        renormalize=config.router_renormalize,
+        scale=config.router_scale,
+    )
+    return MixtureOfExperts(**options, **common)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+from deltajax.layers.rotary import rotated_channels
 from deltajax.ops.checks import MAX_K, MAX_V
 
 MIXERS = ("delta_net", "gated_delta_net", "kda", "sliding_window", "full_attention", "latent_attention")
@@ -11,6 +12,7 @@ DELTA_MIXERS = ("delta_net", "gated_delta_net", "kda")
 ATTENTION_MIXERS = ("sliding_window", "full_attention")
 REMAT = ("none", "save_dots", "save_delta_rule", "full")
 _DTYPES = ("float32", "bfloat16", "float16")
+_ROUTERS = ("softmax", "sigmoid")
 _IMPLEMENTATIONS = ("pallas", "chunked", "scan")
 _ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
 
@@ -27,6 +29,7 @@ _POSITIVE = (
     "qk_nope_head_dim",
     "qk_rope_head_dim",
     "latent_v_head_dim",
+    "experts_per_token",
 )
 _OPTIONAL_POSITIVE = (
     "num_v_heads",
@@ -35,8 +38,18 @@ _OPTIONAL_POSITIVE = (
     "attn_num_kv_heads",
     "attn_head_dim",
     "q_lora_rank",
+    "num_experts",
+    "expert_intermediate_size",
     "chunk_size",
 )
+_COUNTS = ("num_shared_experts", "num_dense_layers")
+
+
+class LayerKind(NamedTuple):
+    """What a block is made of: one of `MIXERS`, and "dense" (SwiGLU) or "experts"."""
+
+    mixer: str
+    mlp: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,17 +66,19 @@ class ModelConfig:
       num_v_heads: value heads HV, a multiple of `num_heads`; None means `num_heads`.
       head_dim: query/key head size K of the delta-rule layers, at most 256.
       head_v_dim: value head size V, at most 512; None means `head_dim`.
-      intermediate_size: width of the SwiGLU MLP.
+      intermediate_size: width of the SwiGLU MLP of layers without experts.
       conv_size: taps of the short convolutions.
       allow_neg_eigval: beta in [0, 2] instead of [0, 1].
       use_gate: output gate of `delta_net` and `gated_delta_net` layers; None means each layer's own
         default (off, on).
       lower_bound: KDA's bounded gate (a negative number), or None for the softplus gate.
+      kda_gate_bias: whether the second projection of KDA's output gate has a bias.
       attn_num_heads: softmax attention heads; None means `num_heads`.
       attn_num_kv_heads: grouped key/value heads, except in `latent_attention` layers; None means
         `attn_num_heads`.
       attn_head_dim: head size of `sliding_window` and `full_attention` layers; None means
         `hidden_size // attn_num_heads`.
+      attn_rope_fraction, attn_qk_norm, attn_output_gate: of these layers, see `layers.Attention`.
       window_size: tokens a `sliding_window` layer sees, itself included.
       kv_lora_rank: channels of the latent that a `latent_attention` layer makes keys and values of.
       q_lora_rank: channels of its queries' low-rank projection; None for one full matrix.
@@ -71,8 +86,17 @@ class ModelConfig:
       qk_rope_head_dim: channels of the key its heads share, rotated where `rope_theta` is set.
       latent_v_head_dim: size of its value heads.
       rope_theta: base of the rotary embedding of attention layers, None for no position embedding.
+      num_experts: routed experts of a layer; None for no layers with experts.
+      experts_per_token: how many of them serve a token.
+      expert_intermediate_size: width of each, needed with `num_experts`.
+      num_shared_experts: experts of that width that serve every token.
+      shared_expert_gate, router, router_bias, router_renormalize, router_scale: the arguments `shared_gate`,
+        `router`, `correction_bias`, `renormalize` and `scale` of `layers.MixtureOfExperts`.
+      num_dense_layers: the first layers, which have one MLP although others have experts.
       norm_eps: epsilon of every RMSNorm but those inside `latent_attention` layers, theirs being 1e-6 as in
         the published models.
+      zero_centered_norm: norms of blocks, of attention's queries and keys and before the head multiply by
+        `1 + scale`, see `layers.RMSNorm`; those of delta-rule outputs and latents do not.
       tie_embeddings: reuse the embedding table as the LM head.
       initializer_range: standard deviation of embeddings and projections at initialisation.
       dtype: compute dtype.
@@ -103,9 +127,13 @@ class ModelConfig:
     allow_neg_eigval: bool = False
     use_gate: bool | None = None
     lower_bound: float | None = None
+    kda_gate_bias: bool = True
     attn_num_heads: int | None = None
     attn_num_kv_heads: int | None = None
     attn_head_dim: int | None = None
+    attn_rope_fraction: float = 1.0
+    attn_qk_norm: bool = False
+    attn_output_gate: bool = False
     window_size: int = 2048
     kv_lora_rank: int = 512
     q_lora_rank: int | None = None
@@ -113,7 +141,18 @@ class ModelConfig:
     qk_rope_head_dim: int = 64
     latent_v_head_dim: int = 128
     rope_theta: float | None = 10000.0
+    num_experts: int | None = None
+    experts_per_token: int = 1
+    expert_intermediate_size: int | None = None
+    num_shared_experts: int = 0
+    shared_expert_gate: bool = False
+    router: str = "softmax"
+    router_bias: bool = False
+    router_renormalize: bool = True
+    router_scale: float = 1.0
+    num_dense_layers: int = 0
     norm_eps: float = 1e-6
+    zero_centered_norm: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     dtype: str = "float32"
@@ -144,6 +183,7 @@ class ModelConfig:
             self._check_rotary("qk_rope_head_dim", self.qk_rope_head_dim)
         if self.has_delta:
             self._check_delta()
+        self._check_experts()
         if self.conv_size < 2:
             self._fail("conv_size", "at least 2 taps")
         size = self.chunk_size
@@ -166,6 +206,14 @@ class ModelConfig:
         """The kind of every layer: `layer_pattern` repeated to length `num_layers`."""
         repeats = -(-self.num_layers // len(self.layer_pattern))
         return (self.layer_pattern * repeats)[: self.num_layers]
+
+    @property
+    def blocks(self) -> tuple[LayerKind, ...]:
+        """What every layer is made of."""
+        dense = self.num_layers if self.num_experts is None else self.num_dense_layers
+        return tuple(
+            LayerKind(mixer, "dense" if i < dense else "experts") for i, mixer in enumerate(self.layers)
+        )
 
     @property
     def has_attention(self) -> bool:
@@ -251,6 +299,10 @@ class ModelConfig:
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 self._fail(field, "a positive integer or None")
+        for field in _COUNTS:
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                self._fail(field, "a whole number")
 
     def _check_delta(self) -> None:
         if self.head_dim > MAX_K:
@@ -261,7 +313,14 @@ class ModelConfig:
     def _check_attention(self) -> None:
         if self.attn_head_dim is None and self.hidden_size % self.attention_heads:
             self._fail("hidden_size", f"a multiple of the {self.attention_heads} attention heads")
-        self._check_rotary("attn_head_dim", self.attention_head_dim)
+        if self.rope_theta is not None:
+            try:
+                rotated = rotated_channels(self.attention_head_dim, self.attn_rope_fraction)
+            except ValueError:
+                self._fail(
+                    "attn_rope_fraction", f"a share of the {self.attention_head_dim} channels of a head"
+                )
+            self._check_rotary("attn_head_dim", rotated)
 
     def _check_rotary(self, field: str, size: int) -> None:
         if self.rope_theta is None:
@@ -270,3 +329,18 @@ class ModelConfig:
             self._fail("rope_theta", "a positive number or None")
         if size % 2:
             self._fail(field, "an even size, for the rotary embedding")
+
+    def _check_experts(self) -> None:
+        self._check_choice("router", _ROUTERS)
+        if self.num_dense_layers > self.num_layers:
+            self._fail("num_dense_layers", f"at most num_layers={self.num_layers}")
+        if not self.router_scale > 0:
+            self._fail("router_scale", "a positive number")
+        if self.shared_expert_gate and not self.num_shared_experts:
+            self._fail("num_shared_experts", "at least 1, with shared_expert_gate")
+        if self.num_experts is None:
+            return
+        if self.expert_intermediate_size is None:
+            self._fail("expert_intermediate_size", "a positive integer, with num_experts")
+        if self.experts_per_token > self.num_experts:
+            self._fail("experts_per_token", f"at most num_experts={self.num_experts}")

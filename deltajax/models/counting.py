@@ -20,12 +20,21 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
 
+def count_active_parameters(config: ModelConfig) -> int:
+    """Number of parameters that a token meets: of a mixture's routed experts, those chosen for it."""
+    if config.num_experts is None:
+        return count_parameters(config)
+    mixtures = sum(kind.mlp == "experts" for kind in config.blocks)
+    expert = 3 * config.hidden_size * (config.expert_intermediate_size or 0)
+    return count_parameters(config) - mixtures * (config.num_experts - config.experts_per_token) * expert
+
+
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Model FLOPs of one training token, forward and backward, for model FLOPs utilisation.
 
     `3 * (2 * P + mixers)`: backward costs twice the forward, recomputation is not counted.
-    P counts the parameters that multiply each token: all but the embedding table (a lookup), or with tied
-    embeddings all, as the table is then the head. Per layer, `mixers` adds
+    P counts the parameters that multiply each token: the active ones but the embedding table (a lookup), or
+    with tied embeddings all of these, as the table is then the head. Per layer, `mixers` adds
 
     - delta rule: `6 HV K V`, the three products of the recurrence (`S^T k`, `k u^T`, `S^T q`) at 2 K V
       each; what a chunked implementation spends beyond is its own overhead;
@@ -42,7 +51,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len}: expected a positive length")
-    multiplied = count_parameters(config)
+    multiplied = count_active_parameters(config)
     if not config.tie_embeddings:
         multiplied -= config.vocab_size * config.hidden_size
     return 3.0 * (2.0 * multiplied + sum(_mixer_flops(kind, config, seq_len) for kind in config.layers))

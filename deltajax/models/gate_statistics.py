@@ -1,4 +1,6 @@
-"""What the gates of a model's delta-rule layers do to a batch: where to look first when training diverges."""
+"""What the gates of a model's delta-rule layers do to a batch, and its routers: where to look first when
+training diverges.
+"""
 
 from typing import Any
 
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from deltajax.layers import MixtureOfExperts
 from deltajax.layers.delta_base import DeltaLayer
 from deltajax.layers.embedding import embed_tokens
 from deltajax.models.groups import group_layers
@@ -20,6 +23,9 @@ def gate_statistics(
 ) -> Statistics:
     """Mean, smallest and largest write strength and log decay of every delta-rule layer, padding left out.
 
+    And of every layer with experts, how much the least and the most used one is chosen: 1 where all are used
+    alike.
+
     A forward pass of its own, so that no training step pays for it; layers are scanned as in training.
 
     Args:
@@ -28,18 +34,21 @@ def gate_statistics(
       segment_ids: int32 [B, T], 0 is padding.
 
     Returns:
-      Scalars "<layer>/beta_mean", "..._min", "..._max", and the same of "log_decay" where a layer decays.
+      Scalars "<layer>/beta_mean", "..._min", "..._max", and the same of "log_decay" where a layer decays;
+      "<layer>/expert_load_min", "..._max".
     """
     config, found = model.config, {}
     x = embed_tokens(model.embedding[...], tokens, config.dtype)
-    for layers, group in zip(group_layers(config.layers), model.groups, strict=True):
+    for layers, group in zip(group_layers(config.blocks), model.groups, strict=True):
         graph, state = nnx.split(group.blocks)
 
         def unit(x, params, graph=graph):
             statistics = []
             for block in nnx.merge(graph, params):
-                statistics.append(_of_mixer(block.mixer, block.attn_norm(x), segment_ids))
-                x, _ = block(x, segment_ids=segment_ids, cache=None)
+                found = _of_mixer(block.mixer, block.attn_norm(x), segment_ids)
+                x, _ = block.mix(x, segment_ids=segment_ids, cache=None)
+                statistics.append(found | _of_mlp(block.mlp, block.mlp_norm(x), segment_ids))
+                x = block.feed(x, segment_ids=segment_ids)
             return x, statistics
 
         x, stacked = jax.lax.scan(unit, x, state)
@@ -65,3 +74,10 @@ def _of_mixer(mixer: Any, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T
         found[f"{name}_min"] = jnp.min(jnp.where(real, values, jnp.inf))
         found[f"{name}_max"] = jnp.max(jnp.where(real, values, -jnp.inf))
     return found
+
+
+def _of_mlp(mlp: Any, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"]) -> Statistics:
+    if not isinstance(mlp, MixtureOfExperts):
+        return {}
+    load = mlp.load(x, segment_ids) * mlp.num_experts
+    return {"expert_load_min": jnp.min(load), "expert_load_max": jnp.max(load)}

@@ -1,25 +1,25 @@
 """Grouping a layer pattern into runs of a repeated unit, so that each run is one scan."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class LayerGroup(NamedTuple):
-    """`unit` (a tuple of mixer kinds) applied `repeats` times, in order; `start` is its first layer."""
+    """`unit` (a tuple of layer kinds) applied `repeats` times, in order; `start` is its first layer."""
 
     start: int
-    unit: tuple[str, ...]
+    unit: tuple[Any, ...]
     repeats: int
 
 
-def group_layers(layers: Sequence[str]) -> tuple[LayerGroup, ...]:
+def group_layers(layers: Sequence[Any]) -> tuple[LayerGroup, ...]:
     """Splits `layers` into groups so that the fewest blocks are traced, then the fewest groups are used.
 
     What a compiler sees is the sum of the units' lengths, whatever the depth. Dynamic programming over
     the suffixes: `best[i]` is the cheapest grouping of `layers[i:]`.
 
     Args:
-      layers: the kind of every layer, in order.
+      layers: the kind of every layer, in order; kinds are only compared.
 
     Returns:
       Groups whose units, repeated and concatenated, spell `layers`.

@@ -19,9 +19,9 @@ ModelCache = tuple[GroupCache, ...]
 class LanguageModel(nnx.Module):
     """A causal language model over any pattern of delta-rule and attention layers.
 
-    Embedding; `num_layers` pre-norm blocks (mixer, then SwiGLU), scanned by runs of a repeated unit;
-    RMSNorm; LM head, untied unless `config.tie_embeddings`. As in the reference models, embeddings and all
-    kernels and convolution taps start at normal(0, `config.initializer_range` = 0.02), norms at one.
+    Embedding; `num_layers` pre-norm blocks (mixer, then SwiGLU or experts), scanned by runs of a repeated
+    unit; RMSNorm; LM head, untied unless `config.tie_embeddings`. As in the reference models, embeddings and
+    all kernels and convolution taps start at normal(0, `config.initializer_range` = 0.02), norms at one.
 
     Args:
       config: shapes and arithmetic.
@@ -34,11 +34,12 @@ class LanguageModel(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = parameter(normal, shape, ("vocab", "embed"), config.param_dtype, rngs)
         self.groups = nnx.List(
-            [ScannedBlocks(group, config, rngs=rngs) for group in group_layers(config.layers)]
+            [ScannedBlocks(group, config, rngs=rngs) for group in group_layers(config.blocks)]
         )
         self.norm = RMSNorm(
             config.hidden_size,
             eps=config.norm_eps,
+            zero_centered=config.zero_centered_norm,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
             rngs=rngs,

@@ -96,7 +96,7 @@ def _names(where: Any, config: ModelConfig) -> Iterator[tuple[str, int | None]]:
         yield ".".join(parts), None
         return
     _, group_index, _, block, *rest = parts  # groups.<g>.blocks.<b>...
-    group = group_layers(config.layers)[int(group_index)]
+    group = group_layers(config.blocks)[int(group_index)]
     for repeat in range(group.repeats):
         layer = group.start + repeat * len(group.unit) + int(block)
         yield ".".join(("layers", str(layer), *rest)), repeat

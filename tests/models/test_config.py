@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from deltajax.models import PRESETS, ModelConfig, get_preset
+from deltajax.models import PRESETS, ModelConfig, get_preset, kda_mla_pattern
 
 BASE = get_preset("tiny_hybrid")
 
@@ -48,6 +48,17 @@ def test_the_pattern_repeats_to_the_number_of_layers():
             r"qk_rope_head_dim=3: expected an even",
         ),
         (dict(layer_pattern=("latent_attention",), rope_theta=0.0), r"rope_theta=0.0: expected a positive"),
+        (dict(attn_rope_fraction=0.3), r"attn_rope_fraction=0.3: expected a share of the 32 channels"),
+        (dict(num_experts=4), r"expert_intermediate_size=None: expected a positive integer, with num_exp"),
+        (
+            dict(num_experts=4, expert_intermediate_size=8, experts_per_token=5),
+            r"experts_per_token=5: expected at most num_experts=4",
+        ),
+        (dict(num_shared_experts=-1), r"num_shared_experts=-1: expected a whole number"),
+        (dict(shared_expert_gate=True), r"num_shared_experts=0: expected at least 1, with shared_expert"),
+        (dict(num_dense_layers=5), r"num_dense_layers=5: expected at most num_layers=4"),
+        (dict(router="tanh"), r"router='tanh': expected one of"),
+        (dict(router_scale=0.0), r"router_scale=0.0: expected a positive number"),
         (dict(rope_theta=0.0), r"rope_theta=0.0: expected a positive number or None"),
         (dict(lower_bound=5.0), r"lower_bound=5.0: expected a negative number or None"),
         (dict(norm_eps=0.0), r"norm_eps=0.0: expected a positive number"),
@@ -86,6 +97,18 @@ def test_the_sizes_of_an_attention_bind_only_patterns_with_its_layers():
 def test_json_that_is_no_configuration_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_json(text)
+
+
+def test_latent_attention_stands_at_every_fourth_layer_and_the_last():
+    config = get_preset("kimi_linear_48b_a3b")
+    layers = [i for i, kind in enumerate(config.layers, 1) if kind == "latent_attention"]
+    assert layers == [4, 8, 12, 16, 20, 24, 27]
+    assert [kind.mlp for kind in config.blocks] == ["dense"] + ["experts"] * 26
+    assert kda_mla_pattern(3, 0) == ("latent_attention",) * 3
+    assert kda_mla_pattern(5, 1) == ("kda", "latent_attention") * 2 + ("latent_attention",)
+    assert kda_mla_pattern(2, 7) == ("kda", "latent_attention")
+    with pytest.raises(ValueError, match="kda_per_mla=-1: expected a whole number"):
+        kda_mla_pattern(4, -1)
 
 
 def test_presets_are_found_with_dashes_and_an_unknown_one_lists_the_names():

@@ -47,6 +47,28 @@ def test_statistics_are_those_of_every_layer_without_padding(changes):
         np.testing.assert_allclose(found[name], value, rtol=2e-5, err_msg=name)
 
 
+def test_layers_with_experts_tell_how_unevenly_they_are_used():
+    config = CONFIG.replace(
+        num_layers=3, layer_pattern=("delta_net",), num_dense_layers=1, num_experts=4, experts_per_token=2,
+        expert_intermediate_size=8, initializer_range=0.3,
+    )  # fmt: skip
+    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, 20)
+    ids = jnp.array([[1] * 6, [1] * 4 + [0] * 2], jnp.int32)
+    found = jax.jit(lambda model: gate_statistics(model, tokens, ids))(model)
+    x = model.embedding[...][tokens]
+    x, _ = model.groups[0].layer(0)[0](x, segment_ids=ids, cache=None)
+    for repeat in range(2):
+        (block,) = model.groups[1].layer(repeat)
+        x, _ = block.mix(x, segment_ids=ids, cache=None)
+        choice = np.asarray(block.mlp.route(block.mlp_norm(x))[0])[np.asarray(ids) > 0]
+        share = np.bincount(choice.ravel(), minlength=4) / choice.size
+        got = [found[f"{repeat + 1}/expert_load_{name}"] for name in ("min", "max")]
+        np.testing.assert_allclose(got, [4 * share.min(), 4 * share.max()], rtol=1e-6)
+        x = block.feed(x, segment_ids=ids)
+    assert not [name for name in found if name.startswith("0/expert")]
+
+
 def test_layers_without_decay_have_none():
     config = CONFIG.replace(num_layers=1, layer_pattern=("delta_net",), allow_neg_eigval=False)
     ones = jnp.ones((1, 3), jnp.int32)

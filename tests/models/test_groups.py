@@ -24,9 +24,12 @@ def test_a_repeated_unit_is_traced_at_most_once(unit, repeats):
 
 def test_the_published_hybrids_are_few_groups():
     def units(name):
-        return [(len(g.unit), g.repeats) for g in group_layers(get_preset(name).layers)]
+        return [(len(g.unit), g.repeats) for g in group_layers(get_preset(name).blocks)]
 
     assert units("delta_net_1p3b") == [(1, 24)]
     assert units("delta_net_swa_1p3b") == [(2, 12)]
-    assert units("gated_delta_net_swa_1p3b") == [(1, 1), (2, 10)]
+    assert units("gated_delta_net_h1_1p3b") == [(1, 1), (2, 10)]
     assert units("delta_net_global_1p3b") == [(2, 1), (1, 10), (1, 1), (1, 11)]
+    # The first layer has no experts: K | K K M K x 6 | K M.
+    assert units("kimi_linear_48b_a3b") == [(1, 1), (4, 6), (2, 1)]
+    assert units("qwen3_next_80b_a3b") == [(4, 12)]

@@ -77,9 +77,12 @@ def test_the_program_does_not_grow_with_depth(tiny, kind):
     assert equations(24) == equations(4) > 100
 
 
-@pytest.mark.parametrize("name", ["tiny_hybrid", "kda_1p3b", "delta_net_global_1p3b", "kda_mla_1p3b"])
+@pytest.mark.parametrize(
+    "name", ["tiny_hybrid", "kda_1p3b", "kda_mla_1p3b", "kimi_linear_48b_a3b", "qwen3_next_80b_a3b"]
+)
 def test_every_parameter_has_one_logical_axis_name_per_dimension(name):
     known = {"embed", "heads", "kv_heads", "head_dim", "latent", "conv", "mlp", "vocab", "layers"}
+    known |= {"experts", "router"}
     model = abstract_model(get_preset(name))
     for path, param in nnx.to_flat_state(nnx.state(model)):
         axes = param.get_metadata("out_sharding")

@@ -38,6 +38,21 @@ def test_a_model_comes_back_bit_for_bit(model, tmp_path):
     assert load_weights(path, remat="full").config == CONFIG.replace(remat="full")
 
 
+def test_layers_with_and_without_experts_come_back(tmp_path):
+    config = CONFIG.replace(
+        num_layers=4, layer_pattern=("kda",), num_experts=3, expert_intermediate_size=8, num_shared_experts=1,
+        router_bias=True, shared_expert_gate=True, num_dense_layers=1,
+    )  # fmt: skip
+    model, path = LanguageModel(config, rngs=nnx.Rngs(3)), tmp_path / "m.safetensors"
+    save_weights(path, params_of(model), config)
+    jax.tree.map(np.testing.assert_array_equal, params_of(load_weights(path)), params_of(model))
+    tensors = load_file(path)
+    names = {name.removeprefix("layers.3.mlp.") for name in tensors if name.startswith("layers.3.mlp.")}
+    assert {"router.kernel", "correction_bias", "experts.down_proj", "shared_gate.kernel"} < names
+    assert tensors["layers.3.mlp.experts.down_proj"].shape == (3, 8, 32)
+    assert "layers.0.mlp.down_proj.kernel" in tensors and "layers.0.mlp.router.kernel" not in tensors
+
+
 def test_every_layer_has_its_own_names(model, tmp_path):
     path = tmp_path / "m.safetensors"
     save_weights(path, params_of(model), CONFIG, step="12")

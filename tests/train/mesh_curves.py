@@ -19,6 +19,12 @@ MESHES = {
     "data 2, fsdp 2, tensor 2": dict(data=2, fsdp=2, tensor=2),
     "fsdp 2, context 4": dict(data=1, fsdp=2, context=4),
 }
+# Meshes of a model with experts; their device's tokens are gathered there, as they should.
+EXPERT_MESHES = {
+    "expert 8": dict(data=1, fsdp=1, expert=8),
+    "data 2, expert 2, context 2": dict(data=2, fsdp=1, expert=2, context=2),
+    "fsdp 2, expert 2, tensor 2": dict(data=1, fsdp=2, expert=2, tensor=2),
+}
 MODELS = {
     "DeltaNet": ("delta_net",),
     "Gated DeltaNet": ("gated_delta_net",),
@@ -35,6 +41,15 @@ def model_config(pattern, seq_len, layers):
         num_layers=layers, layer_pattern=pattern[:layers], hidden_size=64, num_heads=2, num_v_heads=4,
         head_dim=16, head_v_dim=16, intermediate_size=96, attn_num_heads=4, attn_num_kv_heads=2,
         attn_head_dim=24, window_size=seq_len // 12,
+    )  # fmt: skip
+
+
+def expert_config(seq_len):
+    """A first layer without experts, then two of eight and a shared one for each token."""
+    return model_config(("gated_delta_net", "full_attention"), seq_len, layers=2).replace(
+        num_experts=8, experts_per_token=2, expert_intermediate_size=16, num_shared_experts=1,
+        num_dense_layers=1, shared_expert_gate=True, router="sigmoid", router_bias=True, attn_qk_norm=True,
+        attn_output_gate=True, attn_rope_fraction=0.5, zero_centered_norm=True,
     )  # fmt: skip
 
 
@@ -102,7 +117,7 @@ def moved_tokens(text, seq_len, context):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--small", action="store_true", help="a two-layer hybrid, the last two meshes, 6 steps"
+        "--small", action="store_true", help="two-layer hybrids, the last meshes of each, 6 steps"
     )
     small = parser.parse_args().small
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -113,22 +128,26 @@ def main() -> int:
     width = max(map(len, MODELS)) + 2
     print("".ljust(width) + " | ".join(meshes), flush=True)
     worst = 0.0
-    for name, pattern in models.items():
-        config = model_config(pattern, seq_len, layers=max(2, len(pattern)))
+    cases = [
+        (name, model_config(pattern, seq_len, layers=max(2, len(pattern))), {m: MESHES[m] for m in meshes})
+        for name, pattern in models.items()
+    ]
+    some = list(EXPERT_MESHES)[-1:] if small else list(EXPERT_MESHES)
+    cases.append(("experts", expert_config(seq_len), {m: EXPERT_MESHES[m] for m in some}))
+    for name, config, on in cases:
         config = config.replace(implementation="scan" if small else None)  # the quickest to compile
         one, _ = curve(config, dict(data=1, fsdp=1), steps, rows, seq_len)
         assert one[-1] < one[0], f"{name} does not learn: {one}"
         cells = []
-        for mesh in meshes:
-            many, text = curve(config, MESHES[mesh], steps, rows, seq_len)
-            if moved := moved_tokens(text, seq_len, MESHES[mesh].get("context", 1)):
+        for mesh, sizes in on.items():
+            many, text = curve(config, sizes, steps, rows, seq_len)
+            moved = () if "expert" in sizes else moved_tokens(text, seq_len, sizes.get("context", 1))
+            if moved:
                 print(f"{name} on {mesh} moves {moved}", flush=True)
                 worst = float("inf")
             cells.append(max(abs(a - b) / abs(b) for a, b in zip(many, one, strict=True)))
-        print(
-            name.ljust(width)
-            + " | ".join(f"{x:.1e}".ljust(len(m)) for x, m in zip(cells, meshes, strict=True))
-        )
+        found = (f"{x:.1e}".ljust(len(m)) for x, m in zip(cells, on, strict=True))
+        print(name.ljust(width) + " | ".join(found) + (f"  ({', '.join(on)})" if name == "experts" else ""))
         worst = max(worst, *cells)
     print(f"largest: {worst:.1e}", flush=True)
     return 0 if worst < TOLERANCE else 1

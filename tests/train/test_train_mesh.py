@@ -23,7 +23,8 @@ SHARDED_RTOL = 1e-5
 
 def test_rules_place_logical_axes():
     assert ShardingRules().spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
-    assert ShardingRules().spec(("batch",)) == PartitionSpec(("data", "fsdp"))
+    assert ShardingRules().spec(("batch",)) == PartitionSpec(("data", "fsdp", "expert"))
+    assert ShardingRules().spec(("experts", "mlp", "embed")) == PartitionSpec("expert", "tensor", "fsdp")
 
 
 def test_two_dimensions_on_one_mesh_axis_collide():
@@ -105,6 +106,12 @@ def test_every_model_has_one_devices_curve_on_every_mesh():
 @pytest.mark.parametrize(
     "preset, changes, tensor, message",
     [
+        (
+            "tiny_kimi_linear",
+            dict(num_heads=4, expert_intermediate_size=90),
+            4,
+            "expert_intermediate_size 90",
+        ),
         ("tiny_kda", {}, 4, "argument --mesh.tensor 4: expected a divisor of the model's num_heads 2"),
         ("tiny_hybrid", dict(num_heads=4, attn_num_kv_heads=2), 4, "attn_num_kv_heads 2"),
         ("tiny_kda_mla", dict(num_heads=8, attn_num_heads=6), 4, "attn_num_heads 6"),
@@ -113,9 +120,22 @@ def test_every_model_has_one_devices_curve_on_every_mesh():
     ],
 )
 def test_what_tensor_parallelism_cannot_split_is_named(preset, changes, tensor, message):
-    mesh = types.SimpleNamespace(shape=dict(data=1, fsdp=1, context=1, tensor=tensor))
+    mesh = types.SimpleNamespace(shape=dict(data=1, fsdp=1, expert=1, context=1, tensor=tensor))
     with pytest.raises(ValueError, match=re.escape(message)):
         ShardingRules().check_model(get_preset(preset).replace(**changes), mesh)
+
+
+@pytest.mark.parametrize(
+    "preset, message",
+    [
+        ("tiny_qwen3_next", "argument --mesh.expert 3: expected a divisor of the model's num_experts 8"),
+        ("tiny_kda", "argument --mesh.expert 3: the model's layers have no experts"),
+    ],
+)
+def test_what_an_expert_axis_cannot_split_is_named(preset, message):
+    mesh = types.SimpleNamespace(shape=dict(data=1, fsdp=1, expert=3, context=1, tensor=1))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ShardingRules().check_model(get_preset(preset), mesh)
 
 
 def fake_mesh(shape, processes):
@@ -129,10 +149,10 @@ def fake_mesh(shape, processes):
 @pytest.mark.parametrize(
     "shape, processes, groups",
     [
-        ((8, 1, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ((1, 4, 1, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        ((2, 1, 4, 1), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes hold the same rows
-        ((1, 1, 4, 2), 4, [(0, 1)] * 4),
+        ((8, 1, 1, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((1, 2, 2, 1, 2), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 1, 1, 4, 1), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes hold the same rows
+        ((1, 1, 1, 4, 2), 4, [(0, 1)] * 4),
     ],
 )
 def test_processes_that_hold_the_same_rows_read_the_same_rows(shape, processes, groups, monkeypatch):
@@ -146,9 +166,10 @@ def test_processes_that_hold_the_same_rows_read_the_same_rows(shape, processes, 
 
 def test_processes_that_share_rows_in_part_are_refused():
     with pytest.raises(
-        ValueError, match="argument --mesh: data 2 x fsdp 1 x context 1 x tensor 3 over 3 processes"
+        ValueError,
+        match="argument --mesh: data 2 x fsdp 1 x expert 1 x context 1 x tensor 3 over 3 processes",
     ):
-        data_group(fake_mesh((2, 1, 1, 3), 3), ShardingRules())
+        data_group(fake_mesh((2, 1, 1, 1, 3), 3), ShardingRules())
 
 
 def test_a_row_that_context_parallelism_cannot_split_is_named():
