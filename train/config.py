@@ -128,6 +128,9 @@ class OptimizerConfig:
     """weight decay of the embedding table too"""
     clip_norm: float = 1.0
     """largest global gradient norm"""
+    balance_rate: float = 1e-3
+    """how much a router's correction bias (where there is one) moves in every step: down for experts chosen
+    more often than the mean, up for others; 0 for not at all"""
     accumulate: int = 1
     """micro-batches a step is cut into, to save memory; the result is the same up to rounding"""
 
@@ -314,6 +317,11 @@ class TrainConfig:
             "--optimizer.weight-decay": (
                 optimizer.weight_decay,
                 0 <= optimizer.weight_decay < math.inf,
+                "0 or more and finite",
+            ),
+            "--optimizer.balance-rate": (
+                optimizer.balance_rate,
+                0 <= optimizer.balance_rate < math.inf,
                 "0 or more and finite",
             ),
             "--sample.tokens": (self.sample.tokens, self.sample.tokens >= 0, "0 or more"),

@@ -236,6 +236,7 @@ class Run:
             self.rules,
             config.optimizer.accumulate,
             config.loss.z_loss,
+            config.optimizer.balance_rate,
         )
         path = self.directory / "metrics.jsonl" if self.processes.index == 0 else None
         recorder = Recorder(config, self._saved_config, self.model, self.report, path, start)

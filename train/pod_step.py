@@ -114,7 +114,15 @@ def compile_step(
     state = model.abstract_train_state(optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(
-        model.model, optimizer, schedule, shardings, mesh, rules, optimizer_config.accumulate, z_loss
+        model.model,
+        optimizer,
+        schedule,
+        shardings,
+        mesh,
+        rules,
+        optimizer_config.accumulate,
+        z_loss,
+        optimizer_config.balance_rate,
     )
     tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32, sharding=rules.tokens(mesh))
     data = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)

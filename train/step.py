@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltajax.models import LanguageModel, gate_statistics
+from train.balance import balanced, without_loads
 from train.groups import group_norms
 from train.mesh import ShardingRules
 from train.objective import batch_loss_sum
@@ -95,6 +96,7 @@ def make_train_step(
     rules: ShardingRules,
     accumulate: int = 1,
     z_loss: float = 0.0,
+    balance_rate: float = 0.0,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]:
     """Builds the jitted `train_step(state, batch, ok) -> (state, metrics)`; the state is donated.
 
@@ -103,10 +105,12 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch, ok: jax.Array) -> tuple[TrainState, StepMetrics]:
-        loss, count, grads = loss_and_grads(build, state.params, batch, accumulate, mesh, rules, z_loss)
+        loss, count, found = loss_and_grads(build, state.params, batch, accumulate, mesh, rules, z_loss)
+        grads = without_loads(found)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        params = balanced(optax.apply_updates(state.params, updates), found, balance_rate)
+        new = TrainState(state.step + 1, params, opt_state)
         ok = ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)

@@ -19,8 +19,12 @@ class MixtureOfExperts(nnx.Module):
     The router, in float32, scores all experts: `s = sigmoid(router(x))` (DeepSeek-V3, Kimi Linear) or
     `softmax(router(x))` (Qwen3-Next). The `experts_per_token` highest are chosen, by `s + correction_bias`
     where there is such a bias; `w_j` is `s_j` without it, divided by the sum over those chosen with
-    `renormalize`. No token is dropped, so that a sequence's output does not depend on others. The bias starts
-    at zero and takes no gradient. `Experts` says how experts are split over a mesh.
+    `renormalize`. No token is dropped, so that a sequence's output does not depend on others. `Experts` says
+    how experts are split over a mesh.
+
+    The bias starts at zero and has no part in the loss. What a derivative gives for it is how many more
+    tokens chose each expert than chose the average one, whatever the loss: to descend is to use experts more
+    evenly (arXiv 2408.15664 does, by the sign alone; the trainer too).
 
     Args:
       hidden_size: width D.
@@ -110,8 +114,10 @@ class MixtureOfExperts(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Applies the layer to every token by itself; padding (segment id 0) is sent to no expert."""
         choice, weight = self.route(x)
-        if segment_ids is not None:
-            choice = jnp.where((segment_ids != 0)[..., None], choice, self.num_experts)
+        choice = self._of_real_tokens(choice, segment_ids)
+        if self.correction_bias is not None:
+            count = self._count(choice)
+            weight = _with_surplus(weight, self.correction_bias[...], count - jnp.mean(count))
         y = self.experts(x, choice, weight)
         if self.shared is None:
             return y
@@ -137,8 +143,27 @@ class MixtureOfExperts(nnx.Module):
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, " E"]:
         """Each expert's share of the choices made for these tokens, padding left out; they sum to one."""
-        choice, _ = self.route(x)
-        real = jnp.ones(x.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
-        chosen = jax.nn.one_hot(choice, self.num_experts).sum(2)  # [B, T, E]
-        count = jnp.maximum(jnp.sum(real), 1) * self.experts_per_token
-        return jnp.einsum("bte,bt->e", chosen, real) / count
+        count = self._count(self._of_real_tokens(self.route(x)[0], segment_ids))
+        return count / jnp.maximum(jnp.sum(count), 1)
+
+    def _of_real_tokens(self, choice, segment_ids) -> Int[Array, "B T J"]:
+        """Choices; of padding, none."""
+        if segment_ids is None:
+            return choice
+        return jnp.where((segment_ids != 0)[..., None], choice, self.num_experts)
+
+    def _count(self, choice: Int[Array, "B T J"]) -> Float[Array, " E"]:
+        """How often each expert is chosen."""
+        chosen = choice[..., None] == jnp.arange(self.num_experts)
+        return jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32)
+
+
+@jax.custom_vjp
+def _with_surplus(weight, bias: Float[Array, " E"], surplus: Float[Array, " E"]) -> Array:
+    """`weight`; a derivative has `surplus` for the bias."""
+    return weight
+
+
+_with_surplus.defvjp(
+    lambda weight, bias, surplus: (weight, surplus), lambda surplus, dweight: (dweight, surplus, None)
+)

@@ -97,9 +97,10 @@ def test_gradients_are_those_of_every_expert_on_every_token(form):
 
     got = gradients(lambda layer, x, ids: layer(x, segment_ids=ids))
     want = gradients(dense)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
-    for path, grad in jax.tree.leaves_with_path(got):
-        assert (np.abs(grad).max() > 0) != ("correction_bias" in jax.tree_util.keystr(path)), path
+    for (path, a), (_, b) in zip(*(jax.tree.leaves_with_path(t) for t in (got, want)), strict=True):
+        if "correction_bias" not in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=str(path))
+            assert np.abs(a).max() > 0, path
 
 
 def test_tokens_depend_on_no_neighbour_even_when_all_choose_the_same_experts():
@@ -120,6 +121,15 @@ def test_load_is_the_share_of_the_choices():
     want = np.bincount(np.concatenate(chosen), minlength=E) / (J * len(chosen))
     np.testing.assert_allclose(layer.load(x, jnp.asarray(IDS)), want, atol=1e-6)
     assert layer.load(x).sum() == pytest.approx(1)
+
+
+def test_the_biass_derivative_is_how_many_tokens_too_many_chose_each_expert():
+    layer, x, ids = build("kimi linear"), inputs(), jnp.asarray(IDS)
+    chosen = np.concatenate([definition(layer, token)[1] for token in x[IDS != 0]])
+    want = np.bincount(chosen, minlength=E) - chosen.size / E
+    for scale in (1.0, -3.0):  # of any loss
+        grads = nnx.grad(lambda layer, s=scale: s * jnp.sum(layer(x, segment_ids=ids)))(layer)
+        np.testing.assert_allclose(grads["correction_bias"][...], want, atol=1e-5)
 
 
 def test_bfloat16_compute_stays_near_float32_and_routes_in_float32():
