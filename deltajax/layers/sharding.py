@@ -209,23 +209,25 @@ def run_convolution(
     segment_ids: Int[Array, "B T"] | None,
     cache: Float[Array, "B W1 D"] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W1 D"]]:
-    """`short_convolution`, over the mesh where `shard_ops` splits the tokens; elsewhere XLA can split it."""
+    """`short_convolution`, split over the mesh as `shard_ops` says; with a cache, tokens are not."""
     where = op_sharding()
-    rows, sequence = ((), ()) if where is None or cache is not None else where.token_axes(x.shape)
-    if where is None or not sequence:
+    if where is None:
         return short_convolution(x, weight, segment_ids=segment_ids, cache=cache)
+    rows, sequence = where.token_axes(x.shape)
+    sequence = () if cache is not None else sequence
     channels = where.dividing(where.heads, x.shape[2]) or None
-    per_token = P(rows or None, sequence)
-    given = () if segment_ids is None else (segment_ids,)
+    per_token, per_row = P(rows or None, sequence or None), P(rows or None, None, channels)
+    given = {"segment_ids": (segment_ids, per_token), "cache": (cache, per_row)}
+    given = {name: pair for name, pair in given.items() if pair[0] is not None}
     split = jax.shard_map(
-        lambda x, weight, *ids: short_convolution(
-            x, weight, segment_ids=ids[0] if ids else None, axis_name=where.sequence
+        lambda x, weight, others: short_convolution(
+            x, weight, axis_name=where.sequence if sequence else None, **others
         ),
         mesh=where.mesh,
-        in_specs=(P(*per_token, channels), P(channels), *(per_token for _ in given)),
-        out_specs=(P(*per_token, channels), P(rows or None, None, channels)),
+        in_specs=(P(*per_token, channels), P(channels), {name: spec for name, (_, spec) in given.items()}),
+        out_specs=(P(*per_token, channels), per_row),
     )
-    return split(x, weight, *given)
+    return split(x, weight, {name: array for name, (array, _) in given.items()})
 
 
 def shard_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -20,6 +20,7 @@ def short_convolution(
     segment_ids: Int[Array, "B T"] | None = None,
     cache: Float[Array, "B W1 D"] | None = None,
     axis_name: str | None = None,
+    implementation: Literal["pallas", "xla"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W1 D"]]:
     """``y_t = activation(bias + sum_j weight[:, W - 1 - j] * x_{t-j})``, j from 0 to W - 1.
 
@@ -36,6 +37,9 @@ def short_convolution(
       axis_name: inside `jax.shard_map`, the mesh axis over which T is sharded: x and segment_ids are then
         this device's tokens, rows start from zeros (``cache`` is None), and the returned cache is that of the
         whole rows, the same on all devices.
+      implementation: "pallas" is a kernel for Hopper GPUs (bfloat16 or float16 x, of at least 64 tokens and a
+        multiple of 64 channels), "xla" works everywhere; None: the kernel where it supports the call and the
+        program is lowered for such a GPU. XLA cannot split the kernel over devices: `jax.shard_map` does.
 
     Returns:
       y: [B, T, D] in x's dtype; the sum is in float32 (float64 if x or weight is).
@@ -44,8 +48,11 @@ def short_convolution(
 
     Raises:
       ValueError, TypeError: an argument's shape or dtype does not fit; the message names it.
+      NotImplementedError: "pallas", and there is no kernel for this call or the platform.
     """
     _check(x, weight, bias, activation, segment_ids, cache, axis_name)
+    if implementation not in ("pallas", "xla", None):
+        raise ValueError(f"implementation must be 'pallas', 'xla' or None, got {implementation!r}")
     B, T, D = x.shape
     W = weight.shape[1]
     given = x
@@ -68,9 +75,9 @@ def short_convolution(
 
     if cache is None and axis_name is None:  # nothing stands before x: no copy with the past before it
         runs = None if segment_ids is None else segments.runs(segment_ids)
-        y = apply_taps(given, weight, bias, runs, activation)
+        y = apply_taps(given, weight, bias, runs, activation, implementation)
     else:
-        y = apply_taps(padded, weight, bias, reach, activation)[:, W - 1 :]
+        y = apply_taps(padded, weight, bias, reach, activation, implementation)[:, W - 1 :]
     last = padded[:, T:] if reach is None else _last_inputs(padded, reach, W)
     return y, last if axis_name is None else _of_last_device(last, segment_ids, axis_name)
 

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
 from deltajax.ops import chunked, pallas_gpu, pallas_tpu, scan
 from deltajax.ops.problem import Inputs, Options, vary_alike
+from deltajax.ops.refusal import refuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +132,7 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
     if not fall_back:
         message = f"implementation='pallas' has a kernel for this call on {', '.join(platforms)} only"
         default = lambda inputs, *args: branch(None)(  # noqa: E731
-            inputs._replace(q=_refuse.bind(inputs.q, message=message)), *args
+            inputs._replace(q=refuse(inputs.q, message)), *args
         )
     return lax.platform_dependent(inputs, *args, default=default, **{p: branch(p) for p in platforms})
 
@@ -141,17 +140,3 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
 def _saved_shapes(kernel: Kernel, inputs: Inputs, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     saving = kernel.saving
     return () if saving is None else jax.eval_shape(lambda inputs: saving(inputs, options)[2], inputs)
-
-
-# The identity, except that lowering it is an error: a branch for platforms that must not be lowered for.
-_refuse = Primitive("deltajax_refuse")
-_refuse.def_abstract_eval(lambda x, message: x)
-batching.defvectorized(_refuse)
-
-
-def _refuse_lowering(ctx, x, *, message):
-    platforms = ", ".join(ctx.module_context.platforms)
-    raise NotImplementedError(f"{message}; this program is lowered for {platforms}")
-
-
-mlir.register_lowering(_refuse, _refuse_lowering)

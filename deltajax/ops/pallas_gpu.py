@@ -28,11 +28,11 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
         return "num_segments is not supported, only segment_ids that reset the state"
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size is {CHUNK}, got {options.chunk_size}"
-    return _other_gpu()
+    return other_gpu()
 
 
 @functools.cache
-def _other_gpu() -> str | None:
+def other_gpu() -> str | None:
     """What GPU is here, if no Hopper; None also without one: the program may be lowered for another host."""
     try:
         gpu = jax.local_devices(backend="cuda")[0]

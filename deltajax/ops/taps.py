@@ -1,5 +1,7 @@
 """The taps of the short convolution, with a derivative of their own that keeps nothing but the inputs."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,7 +10,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from deltajax.ops import taps_gpu
 from deltajax.ops.problem import vary_alike
+from deltajax.ops.refusal import refuse
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A platform's kernels; arguments as of `_forward_by_xla` and `_backward_by_xla`."""
+
+    forward: Callable[..., Array]
+    backward: Callable[..., tuple[Array, Array, Array | None]]
+    unsupported: Callable[[Array, Array], str | None]
+
+
+# Lowering platform -> its kernels.
+KERNELS: Mapping[str, Kernel] = {"cuda": Kernel(taps_gpu.forward, taps_gpu.backward, taps_gpu.unsupported)}
 
 
 def apply_taps(
@@ -17,6 +34,7 @@ def apply_taps(
     bias: Float[Array, " D"] | None,
     runs: Int[Array, "B T"] | None,
     activation: str | None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T D"]:
     """``y_t = activation(bias + sum_j weight[:, W - 1 - j] * x_{t-j})``, with zeros before x.
 
@@ -27,12 +45,24 @@ def apply_taps(
       runs: [B, T], a number for each token: a tap reaches tokens of its own token's number only, and y is 0
         where it is 0. None: all the same.
       activation: "silu" or None.
+      implementation: "pallas", "xla" or None, the kernel where there is one for the call.
 
     Returns:
       y: [B, T, D] in x's dtype; the sum is in float32 (float64 if x or weight is).
+
+    Raises:
+      NotImplementedError: "pallas", and there is no kernel for the call.
     """
     counts = None if runs is None else _counting(runs, weight.shape[1])
-    return _taps(activation, *vary_alike(x, weight, bias, counts))
+    platforms: tuple[str, ...] = ()
+    if implementation != "xla":
+        reasons = {platform: kernel.unsupported(x, weight) for platform, kernel in KERNELS.items()}
+        platforms = tuple(platform for platform, reason in reasons.items() if reason is None)
+        if implementation == "pallas" and not platforms:
+            why = "; ".join(f"{platform}: {reason}" for platform, reason in reasons.items())
+            raise NotImplementedError(f"implementation='pallas' has no kernel for this call ({why})")
+    choice = (activation, platforms, implementation != "pallas")
+    return _taps(choice, *vary_alike(x, weight, bias, counts))
 
 
 def _counting(runs: Int[Array, "B T"], W: int) -> Int[Array, "B T"]:
@@ -66,18 +96,17 @@ def _weighted(x: Array, weight: Array, bias: Array | None, counts: Array | None)
     return total
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _taps(activation: str | None, x: Array, weight: Array, bias: Array | None, counts: Array | None) -> Array:
+def _forward_by_xla(
+    activation: str | None, x: Array, weight: Array, bias: Array | None, counts: Array | None
+) -> Array:
     z = _weighted(x, weight, bias, counts)
     return _of_tap(counts, 0, jax.nn.silu(z) if activation == "silu" else z).astype(x.dtype)
 
 
-def _forward(activation, x, weight, bias, counts):
-    return _taps(activation, x, weight, bias, counts), (x, weight, bias, counts)
-
-
-def _backward(activation, saved, dy):
-    x, weight, bias, counts = saved
+def _backward_by_xla(
+    activation: str | None, x: Array, weight: Array, bias: Array | None, counts: Array | None, dy: Array
+) -> tuple[Array, Array, Array | None]:
+    """Gradients of x, weight and bias."""
     W = weight.shape[1]
     dtype = jnp.result_type(jnp.float32, x.dtype, weight.dtype)
     dz = _of_tap(counts, 0, dy).astype(dtype)
@@ -85,7 +114,6 @@ def _backward(activation, saved, dy):
         z = _weighted(x, weight, bias, counts)
         s = jax.nn.sigmoid(z)
         dz *= s * (1 + z * (1 - s))
-    dz = lax.optimization_barrier(dz)  # computed once, not by each of its W + 1 users
     dx = jnp.zeros(x.shape, dtype)
     dweight: list[Array] = []
     for j in range(W):
@@ -95,8 +123,45 @@ def _backward(activation, saved, dy):
         dx.astype(x.dtype),
         jnp.stack(dweight, axis=1).astype(weight.dtype),
         None if bias is None else dz.sum(axis=(0, 1)).astype(bias.dtype),
-        None,
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _by_platform(half: str, choice: tuple, x: Array, *args) -> Any:
+    """A half of the derivative by the platform's kernel, or by XLA where there is none."""
+    activation, platforms, fall_back = choice
+
+    def branch(function):
+        def run(x, *args):
+            out = function(activation, x, *args)
+            leaves, tree = jax.tree.flatten(out)  # inside a shard_map all branches' results vary as x does
+            return jax.tree.unflatten(tree, vary_alike(*leaves, x)[: len(leaves)])
+
+        return run
+
+    by_xla = _forward_by_xla if half == "forward" else _backward_by_xla
+    if not platforms:
+        return branch(by_xla)(x, *args)
+    default = branch(by_xla)
+    if not fall_back:
+        message = f"implementation='pallas' has a kernel for this call on {', '.join(platforms)} only"
+        default = lambda x, *args: branch(by_xla)(refuse(x, message), *args)  # noqa: E731
+    kernels = {p: branch(getattr(KERNELS[p], half)) for p in platforms}
+    return lax.platform_dependent(x, *args, default=default, **kernels)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _taps(choice: tuple, x: Array, weight: Array, bias: Array | None, counts: Array | None) -> Array:
+    """The taps; ``choice`` is the activation, the platforms with kernels, and whether XLA does the others."""
+    return _by_platform("forward", choice, x, weight, bias, counts)
+
+
+def _forward(choice, *args):
+    return _taps(choice, *args), args
+
+
+def _backward(choice, saved, dy):
+    return *_by_platform("backward", choice, *saved, dy), None
 
 
 _taps.defvjp(_forward, _backward)
