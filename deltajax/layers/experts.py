@@ -21,8 +21,9 @@ class Experts(nnx.Module):
     """E SwiGLU layers of one size: `y_t = sum_j weight_tj * expert_{choice_tj}(x_t)`.
 
     No token is dropped: rows, one per token and choice, are sorted by expert and multiplied by
-    `jax.lax.ragged_dot`. The backward pass keeps the inputs only and makes the two middle products again, for
-    the sorted rows are as many times larger as there are choices.
+    `jax.lax.ragged_dot`; a few rows, no more than experts, each by a copy of its expert's matrices. The
+    backward pass keeps the inputs only and makes the two middle products again, for the sorted rows are as
+    many times larger as there are choices.
 
     Under `shard_ops` with `experts`, a device has its own experts only. It gathers the tokens (and choices)
     of the devices it shares that axis with, adds up what its experts return for each, and the sums go back to
@@ -83,7 +84,7 @@ class Experts(nnx.Module):
                 f"shard_ops(experts={where.experts!r}): {self.num_experts} experts do not split over "
                 f"{where.size(where.experts)} devices"
             )
-        return _apply(x.astype(self.dtype), choice, weight, kernels, where)
+        return _apply(jnp.asarray(x, self.dtype), choice, weight, kernels, where)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -206,6 +207,7 @@ class _Rows(NamedTuple):
 
     order: Int[Array, " N"]  # sorted row -> token * J + choice
     place: Int[Array, " N"]  # the inverse
+    expert: Int[Array, " N"]  # of each sorted row
     sizes: Int[Array, " E"]  # rows of each expert
     real: Array  # bool [N, 1], whether a sorted row has an expert
 
@@ -214,10 +216,11 @@ class _Rows(NamedTuple):
         choice = choice.reshape(-1) - first
         choice = jnp.where((choice >= 0) & (choice < experts), choice, experts)
         order = jnp.argsort(choice)  # stable
-        ends = jnp.searchsorted(choice[order], jnp.arange(experts + 1))
+        expert = choice[order]
+        ends = jnp.searchsorted(expert, jnp.arange(experts + 1))
         place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
         real = jnp.arange(order.size) < ends[-1]
-        return cls(order, place, jnp.diff(ends).astype(jnp.int32), real[:, None])
+        return cls(order, place, expert, jnp.diff(ends).astype(jnp.int32), real[:, None])
 
     def take(self, x: Float[Array, "B T D"], choices: int) -> Float[Array, "N D"]:
         """Each sorted row's token."""
@@ -225,7 +228,11 @@ class _Rows(NamedTuple):
 
     def times(self, x: Float[Array, "N n"], kernel: Float[Array, "E n m"]) -> Float[Array, "N m"]:
         """Each row by its expert's matrix; zeros for rows without an expert."""
-        return jnp.where(self.real, jax.lax.ragged_dot(x, kernel, self.sizes), 0)
+        if x.shape[0] <= kernel.shape[0]:  # as in decoding: fewer matrices are read than there are experts
+            y = jnp.einsum("rn,rnm->rm", x, jnp.take(kernel, self.expert, axis=0, mode="clip"))
+        else:
+            y = jax.lax.ragged_dot(x, kernel, self.sizes)
+        return jnp.where(self.real, y, 0)
 
     def back(self, x: Float[Array, "N n"], kernel: Float[Array, "E m n"]) -> Float[Array, "N m"]:
         """Each row by its expert's transposed matrix."""

@@ -70,6 +70,8 @@ def test_every_form_equals_the_definition(form):
     np.testing.assert_allclose(call(*nnx.split(layer), x, None), want, rtol=1e-4, atol=1e-5)
     y = np.asarray(call(*nnx.split(layer), x, jnp.asarray(IDS)))
     np.testing.assert_allclose(y[IDS != 0], want[IDS != 0], rtol=1e-4, atol=1e-5)
+    few = np.asarray(call(*nnx.split(layer), x[:, :1], jnp.asarray(IDS)[:, :1]))  # one token and padding
+    np.testing.assert_allclose(few[0], want[0, :1], rtol=1e-4, atol=1e-5)
 
 
 def dense(layer, x, ids):
@@ -85,10 +87,13 @@ def dense(layer, x, ids):
     return y + (shared if layer.shared_gate is None else shared * jax.nn.sigmoid(layer.shared_gate(x)))
 
 
-@pytest.mark.parametrize("form", ["kimi linear", "qwen3-next", "plain"])
-def test_gradients_are_those_of_every_expert_on_every_token(form):
+# Two tokens make fewer rows than there are experts.
+@pytest.mark.parametrize(
+    "form, tokens", [("kimi linear", T), ("qwen3-next", T), ("plain", T), ("kimi linear", 1)]
+)
+def test_gradients_are_those_of_every_expert_on_every_token(form, tokens):
     graph, state = nnx.split(build(form))
-    x, dy, ids = inputs(), inputs(1), jnp.asarray(IDS)
+    x, dy, ids = (a[:, -tokens:] for a in (inputs(), inputs(1), jnp.asarray(IDS)))
 
     def gradients(apply):
         return jax.jit(jax.grad(lambda s, x: jnp.sum(dy * apply(nnx.merge(graph, s), x, ids)), (0, 1)))(
@@ -127,20 +132,31 @@ def test_the_biass_derivative_is_how_many_tokens_too_many_chose_each_expert():
     layer, x, ids = build("kimi linear"), inputs(), jnp.asarray(IDS)
     chosen = np.concatenate([definition(layer, token)[1] for token in x[IDS != 0]])
     want = np.bincount(chosen, minlength=E) - chosen.size / E
-    for scale in (1.0, -3.0):  # of any loss
-        grads = nnx.grad(lambda layer, s=scale: s * jnp.sum(layer(x, segment_ids=ids)))(layer)
-        np.testing.assert_allclose(grads["correction_bias"][...], want, atol=1e-5)
+    graph, state = nnx.split(layer)
+    gradient = jax.jit(jax.grad(lambda state, by: by * jnp.sum(nnx.merge(graph, state)(x, segment_ids=ids))))
+    for by in (1.0, -3.0):  # of any loss
+        np.testing.assert_allclose(gradient(state, by)["correction_bias"][...], want, atol=1e-5)
 
 
 def test_bfloat16_compute_stays_near_float32_and_routes_in_float32():
     x = inputs().astype(jnp.bfloat16)
     want, layer = build("qwen3-next"), build("qwen3-next", dtype=jnp.bfloat16)
     np.testing.assert_array_equal(layer.route(x)[0], want.route(x)[0])
-    y = layer(x)
-    assert y.dtype == jnp.bfloat16 and layer.route(x)[1].dtype == jnp.float32
-    expected = want(x)
+    assert layer.route(x)[1].dtype == jnp.float32
+    graph, state = nnx.split(layer)
+
+    @jax.jit
+    def run(state):
+        def loss(state):
+            y = nnx.merge(graph, state)(x)
+            return jnp.sum(y.astype(jnp.float32)), y
+
+        return jax.grad(loss, has_aux=True)(state)
+
+    grads, y = run(state)
+    expected = call(*nnx.split(want), x, None)
+    assert y.dtype == jnp.bfloat16
     assert np.abs(np.asarray(y, np.float32) - expected).max() < 0.03 * np.abs(expected).max()
-    grads = nnx.grad(lambda layer: jnp.sum(layer(x).astype(jnp.float32)))(layer)
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
 
 

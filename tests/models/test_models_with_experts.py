@@ -16,7 +16,7 @@ SMALL = dict(
 CONFIGS = {
     # A first layer without experts.
     "tiny_kimi_linear": dict(
-        num_layers=3, layer_pattern=("kda", "kda", "latent_attention"), kv_lora_rank=6, qk_nope_head_dim=4,
+        num_layers=2, layer_pattern=("kda", "latent_attention"), kv_lora_rank=6, qk_nope_head_dim=4,
         qk_rope_head_dim=2, latent_v_head_dim=3,
     ),
     "tiny_qwen3_next": dict(

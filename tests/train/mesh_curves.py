@@ -44,12 +44,12 @@ def model_config(pattern, seq_len, layers):
     )  # fmt: skip
 
 
-def expert_config(seq_len):
-    """A first layer without experts, then two of eight and a shared one for each token."""
-    return model_config(("gated_delta_net", "full_attention"), seq_len, layers=2).replace(
+def expert_config(seq_len, layers):
+    """Two experts of eight and a shared one for each token; of two layers the first has none."""
+    return model_config(("full_attention", "gated_delta_net"), seq_len, layers).replace(
         num_experts=8, experts_per_token=2, expert_intermediate_size=16, num_shared_experts=1,
-        num_dense_layers=1, shared_expert_gate=True, router="sigmoid", router_bias=True, attn_qk_norm=True,
-        attn_output_gate=True, attn_rope_fraction=0.5, zero_centered_norm=True,
+        num_dense_layers=layers - 1, shared_expert_gate=True, router="sigmoid", router_bias=True,
+        attn_qk_norm=True, attn_output_gate=True, attn_rope_fraction=0.5, zero_centered_norm=True,
     )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def main() -> int:
         for name, pattern in models.items()
     ]
     some = list(EXPERT_MESHES)[-1:] if small else list(EXPERT_MESHES)
-    cases.append(("experts", expert_config(seq_len), {m: EXPERT_MESHES[m] for m in some}))
+    cases.append(("experts", expert_config(seq_len, 1 if small else 2), {m: EXPERT_MESHES[m] for m in some}))
     for name, config, on in cases:
         config = config.replace(implementation="scan" if small else None)  # the quickest to compile
         one, _ = curve(config, dict(data=1, fsdp=1), steps, rows, seq_len)
