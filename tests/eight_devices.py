@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 
-def check(module: str, least: int) -> None:
-    """Asserts that ``python -m module`` ends well and printed at least so many lines beginning with ok."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+def check(module: str, *options: str, least: int) -> None:
+    """Asserts that ``python -m module options`` ends well and printed at least so many lines with ok."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"  # compiles as the tests do
     run = subprocess.run(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", module, *options],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -1,4 +1,7 @@
-"""Run by test_sharding.py in a process of its own, with 8 CPU devices."""
+"""Run by test_sharding.py in a process of its own, with 8 CPU devices.
+
+Each kind of rows, gate and implementation is seen by default; with --all, each combination of them.
+"""
 
 import sys
 from functools import partial
@@ -14,6 +17,25 @@ from tests import cases
 from tests.cases import Case
 
 TOLERANCE = 1e-5
+ALL = "--all" in sys.argv
+ROWS_AND_HEADS = {
+    ("none", "none", "scan"),
+    ("none", "packed", None),
+    ("head", "none", None),
+    ("head", "states", "scan"),
+    ("channel", "packed", None),
+    ("channel", "states", None),
+}
+# The summary of a channel's gate is the general one; each gate has its own with and without resets.
+CONTEXT = {
+    ("none", "none"),
+    ("none", "states"),
+    ("head", "none"),
+    ("head", "packed"),
+    ("channel", "none"),
+    ("channel", "packed"),
+    ("channel", "states"),
+}
 PER_TOKEN = ("q", "k", "v", "g", "beta", "do")
 
 
@@ -55,6 +77,8 @@ def rows_and_heads():
             specs |= {"segment_ids": P("data"), "A_log": P("heads"), "dt_bias": P("heads")}
             x = cases.arrays(case, np.float32)
             for implementation in ("scan", None) if segments != "packed" else (None,):
+                if not ALL and (gate, segments, implementation) not in ROWS_AND_HEADS:
+                    continue
                 yield (
                     f"{case} {implementation}",
                     errors(case, x, specs, mesh(data=4, heads=2), implementation),
@@ -70,6 +94,8 @@ def context_parallel():
     """Tokens over an axis, with slow decay so that a leak between devices would show."""
     for gate in cases.GATES:
         for segments in ("none", "packed", "states"):
+            if not ALL and (gate, segments) not in CONTEXT:
+                continue
             for parts in (8,) if segments == "none" else (4,):
                 decay = "slow" if gate != "none" else "random"
                 case = Case(gate, T=96, B=2, HV=2, K=16, V=8, decay=decay, segments=segments, beta_max=2.0)
@@ -90,6 +116,8 @@ def context_parallel_edges():
         case = Case("channel", T=48, B=4, K=16, V=8, decay="slow", segments=segments)
         x = cases.arrays(case, np.float32) | {"segment_ids": np.array(rows, np.int32)}
         for check_vma in (True, False):
+            if not ALL and check_vma == (segments == "states"):
+                continue
             got = errors(case, x, context_specs(), mesh(context=4), None, check_vma, axis_name="context")
             yield f"{case} edges, check_vma {check_vma}", got
 

@@ -61,7 +61,15 @@ def in_copy(finished, tmp_path):
     return tmp_path / "run", [*args, "--run-dir", str(tmp_path / "run")]
 
 
-@pytest.mark.parametrize("preset", ["tiny_delta_net", "tiny_gated_delta_net", "tiny_kda", "tiny_hybrid"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "tiny_delta_net",
+        pytest.param("tiny_gated_delta_net", marks=pytest.mark.slow),  # all other runs here are of it
+        "tiny_kda",
+        "tiny_hybrid",
+    ],
+)
 def test_every_tiny_preset_trains_and_samples(tmp_path, text, preset, capsys):
     args = ["--preset", preset, "--steps", "2", "--data.files", text, "--data.seq-len", "32"]
     args += [

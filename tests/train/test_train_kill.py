@@ -84,14 +84,16 @@ def test_killed_at_a_random_moment_and_again_during_a_save(undisturbed, tmp_path
     assert "cannot be read" not in finish(undisturbed, tmp_path)  # a killed save never looks complete
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_stop(undisturbed, tmp_path, number):
-    process = start(undisturbed, tmp_path)
-    wait_for(lambda: lines(tmp_path) >= 4, process, "step 4")
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, out
-    last = max(losses(tmp_path))
-    assert f"stopped by {number.name} after step {last} of {STEPS}; saved" in out
-    assert (tmp_path / "checkpoints" / str(last)).is_dir()
+def test_signals_save_and_stop(undisturbed, tmp_path):
+    last = 0
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second stops the run that the first one's resumes
+        process = start(undisturbed, tmp_path)
+        wait_for(lambda last=last: lines(tmp_path) >= last + 4, process, f"step {last + 4}")
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 128 + number, out
+        assert not last or f"at step {last}" in out
+        last = max(losses(tmp_path))
+        assert f"stopped by {number.name} after step {last} of {STEPS}; saved" in out
+        assert (tmp_path / "checkpoints" / str(last)).is_dir()
     assert f"at step {last}" in finish(undisturbed, tmp_path)

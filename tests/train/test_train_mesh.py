@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -53,15 +54,29 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", pytest.param("adafactor", marks=pytest.mark.slow)])
+# Both in one process: JAX is imported once.
+RUNS = "import json, sys; from train.__main__ import main; assert not any(map(main, json.loads(sys.argv[1])))"
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    # Muon has AdamW within it; AdamW alone is run on two meshes by test_train_reshard.py.
+    ["muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "adafactor"))],
+)
 def test_sharded_run_equals_one_device(tmp_path, text, optimizer):
-    common = [*TINY, "--data.files", text, "--data.batch-size", "8", "--steps", "4"]
+    common = [*TINY, "--data.files", str(text), "--data.batch-size", "8", "--steps", "4"]
     common += ["--optimizer.accumulate", "2", "--preset", "tiny_kda", "--optimizer.name", optimizer]
-    for name, mesh in {"one": (1, 1), "four": (2, 2)}.items():
-        done = run(
-            *common, "--run-dir", tmp_path / name, "--mesh.data", mesh[0], "--mesh.fsdp", mesh[1], devices=8
-        )
-        assert done.returncode == 0, done.stderr
+    runs = [
+        [*common, "--run-dir", str(tmp_path / name), "--mesh.data", size, "--mesh.fsdp", size]
+        for name, size in {"one": "1", "four": "2"}.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS, json.dumps(runs)],
+        env=environment(devices=8),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert list(one) == list(four) == [1, 2, 3, 4]
     assert list(four.values()) == pytest.approx(list(one.values()), rel=SHARDED_RTOL)
@@ -82,10 +97,9 @@ def test_dimension_the_mesh_does_not_divide_is_named(tmp_path, text):
 
 def curves(*args):
     """`tests.train.mesh_curves`, in a process of its own with 8 devices."""
-    flags = "--xla_backend_optimization_level=0"
     return subprocess.run(
         [sys.executable, "-m", "tests.train.mesh_curves", *args],
-        env=environment() | {"XLA_FLAGS": flags},
+        env=environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]},
         capture_output=True,
         text=True,
     )
