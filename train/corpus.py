@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from deltajax.tokenizer import Tokenizer
 from train.documents import BadData, DataError, Document, expand, read_documents, stdlib_documents
-from train.tokenizer import Tokenizer
 
 # Below this many documents, holding out whole documents would hold out too much or nothing.
 MIN_DOCUMENTS_TO_SPLIT = 20

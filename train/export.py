@@ -1,13 +1,16 @@
-"""`python -m train.export RUN_DIR --out FILE`: a checkpoint's weights as safetensors."""
+"""`python -m train.export RUN_DIR --out FILE`: a checkpoint's weights as safetensors, ready to generate."""
 
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from train.__main__ import with_packages
+
+if TYPE_CHECKING:
+    from train.saved import Saved
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -27,12 +30,13 @@ def _main(args: Sequence[str] | None) -> int:
 
     @dataclass(frozen=True)
     class Options:
-        """Write a checkpoint's weights as safetensors, the model's configuration as JSON beside them."""
+        """Write a checkpoint's weights as safetensors, configuration and tokenizer as JSON beside them."""
 
         run_dir: Annotated[Path, tyro.conf.Positional]
         """the run, as given to python -m train --run-dir"""
         out: Path
-        """the safetensors file to write; its configuration goes to the same name with .json"""
+        """the safetensors file to write; beside it go the configuration, as .json, and a tokenizer that is
+        not bytes, as .tokenizer.json"""
         step: int | None = None
         """the checkpoint's step; the newest by default"""
 
@@ -45,7 +49,8 @@ def _main(args: Sequence[str] | None) -> int:
             )
         saved = open_saved(options.run_dir, options.step)
         params = saved.params()
-        save_weights(options.out, params, saved.model, step=str(saved.step))
+        about = _tokenizer(saved, options.out)
+        save_weights(options.out, params, saved.model, step=str(saved.step), **about)
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -55,7 +60,34 @@ def _main(args: Sequence[str] | None) -> int:
     numbers = sum(x.size for x in jax.tree.leaves(params))
     print(f"{options.out}: {numbers:,} parameters of step {saved.step}; {config_path(options.out)}")
     print(f'to load: deltajax.models.load_weights("{options.out}")')
+    print(f'to generate: python -m deltajax.generate --model {options.out} --prompt "..."')
     return 0
+
+
+def _tokenizer(saved: "Saved", out: Path) -> dict[str, str]:
+    """Writes the run's tokenizer and returns what the weights' header says of it; without it, nothing."""
+    from deltajax.models.weights import tokenizer_path
+    from deltajax.tokenizer import FileTokenizer
+    from train.config import ConfigError
+    from train.corpus import DataError
+    from train.mixture import tokenizer_of
+
+    try:
+        tokenizer = tokenizer_of(saved.options.data)
+        if tokenizer.fingerprint != saved.config["corpus"]["tokenizer"]:
+            raise ConfigError("it is no more the one that the run was trained with")
+    except (ConfigError, DataError) as error:
+        print(f"warning: exported without the tokenizer: {error}", file=sys.stderr)
+        tokenizer_path(out).unlink(missing_ok=True)
+        return {}
+    about = {"tokenizer": tokenizer.fingerprint}
+    if isinstance(tokenizer, FileTokenizer):
+        tokenizer_path(out).write_bytes(tokenizer.json)
+        if tokenizer.eos_token is not None:
+            about["eos_token"] = tokenizer.eos_token
+    else:
+        tokenizer_path(out).unlink(missing_ok=True)
+    return about
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from deltajax.tokenizer import Tokenizer
 from train.config import ConfigError, DataConfig
 from train.corpus import Corpus, Store, TokenStore, load_corpus, tokenize
 from train.documents import BadData, DataError, expand, read_documents
 from train.prepared import open_prepared, prepared_tokenizer
-from train.tokenizer import Tokenizer, chosen_tokenizer
+from train.tokenizer import chosen_tokenizer
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,7 @@ def load_held_out(files: Sequence[str], config: DataConfig) -> tuple[Mixture, To
         ConfigError: a tokenizer that is no more what it was.
         DataError: no text, or text that cannot be used.
     """
-    tokenizer = _tokenizer(
-        config, [name for patterns, _ in weighted(config.files) for name in expand(patterns)]
-    )
+    tokenizer = tokenizer_of(config)
     names, bad = expand(files), BadData(config.on_error)
     texts = [name for name in names if not Path(name).is_dir()]
     stores: list[Store] = [
@@ -200,6 +199,15 @@ def load_held_out(files: Sequence[str], config: DataConfig) -> tuple[Mixture, To
     if not mixture.num_documents:
         raise DataError(f"no documents in {' '.join(files)}")
     return mixture, tokenizer
+
+
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """The tokenizer of a run's data.
+
+    Raises:
+        ConfigError: options that are wrong; DataError: a tokenizer that is no more what it was.
+    """
+    return _tokenizer(config, [name for patterns, _ in weighted(config.files) for name in expand(patterns)])
 
 
 def _tokenizer(config: DataConfig, names: Sequence[str]) -> Tokenizer:

@@ -26,9 +26,9 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from deltajax.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from train.corpus import Corpus
 from train.documents import METADATA, BadData, DataError
-from train.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 FORMAT = 1  # raised by a change that old readers cannot read
 LENGTHS = np.dtype("<u4")

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltajax.models import LanguageModel, generate
+from deltajax.tokenizer import Tokenizer
 from train.config import SampleConfig
-from train.tokenizer import Tokenizer
 
 
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, config: SampleConfig, seed: int) -> str:

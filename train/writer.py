@@ -7,10 +7,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from deltajax.tokenizer import FileTokenizer, Tokenizer
 from train.corpus import Fingerprint, framed, token_dtype
 from train.documents import BadData, DataError, Document
 from train.prepared import FORMAT, LENGTHS, SPLITS, TOKENIZER, Metadata, Shard, Split
-from train.tokenizer import FileTokenizer, Tokenizer
 
 # A record is read alone, so it is compressed alone.
 _OPTIONS = "group_size:1,zstd:3"

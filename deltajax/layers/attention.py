@@ -8,13 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from deltajax.layers.attention_cache import AttentionCache
-from deltajax.layers.layout import Layout, causal_mask, layout_of, layouts_on_axis, without_padding
+from deltajax.layers.attention_cache import AttentionCache, NewTokens, layout_after
+from deltajax.layers.blockwise import attend
+from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
 from deltajax.layers.rotary import RotaryEmbedding, rotated_channels
 from deltajax.layers.sharding import run_attention
-from deltajax.ops.checks import check_segment_ids
 from deltajax.ops.halo import left_halo
 
 
@@ -30,8 +30,9 @@ class Attention(nnx.Module):
     receives as many as its window reaches.
 
     Memory: on the XLA path, full attention holds T x T logits per head, in the forward and the backward
-    pass. With a window, a call without a cache holds at most T x 2 window_size. A call of T tokens with a
-    cache holds logits of all T tokens with each other and with every slot, window or not.
+    pass. With a window, a call without a cache holds at most T x 2 window_size. A call with a cache holds
+    the logits of all its tokens with each other and with every slot where these are few, else it goes block
+    by block, in bounded memory (`layers.blockwise`; no gradient).
 
     Args:
       hidden_size: width D.
@@ -125,6 +126,8 @@ class Attention(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: AttentionCache | None = None,
+        num_segments: int | None = None,
+        hold: bool = False,
     ) -> Any:
         """Mixes tokens along T.
 
@@ -134,16 +137,21 @@ class Attention(nnx.Module):
             outputs 0 and does not enter the cache. Padding stands between segments or at a row's ends, not
             inside a segment (a window would then reach less far back).
           cache: what earlier calls returned (or `init_cache`); it belongs to the row's first segment.
+          num_segments: static N: B = 1, and the row packs tokens of sequences 1..N, each together, which
+            continue the N rows of `cache`.
+          hold: return `NewTokens`, whose `keep` makes the cache after some of the tokens, instead of a cache.
 
         Returns:
           y [B, T, D] in the compute dtype; `(y, cache)` when a cache is given.
 
         Raises:
-          TypeError, ValueError: on segment ids that are not integers of shape [B, T].
+          TypeError, ValueError: on segment ids that are not integers of shape [B, T], or arguments that do
+            not go together.
         """
         B, T, _ = x.shape
-        if segment_ids is not None:
-            check_segment_ids(segment_ids, B, T)
+        packed = packs_sequences(
+            x.shape, segment_ids, num_segments, hold, None if cache is None else cache.length.shape[0]
+        )
         q, gate = self.q_proj(x).reshape(B, T, self.num_heads, -1), None
         if self.output_gate:
             q, gate = jnp.split(q, 2, axis=-1)
@@ -162,18 +170,19 @@ class Attention(nnx.Module):
             )
             return self._output(o, gate, segment_ids)
 
-        layout = layout_of(B, T, segment_ids, cache.length)
+        layout = layout_after(x.shape, segment_ids, cache.length, packed)
         q, k = self._rotate(q, k, layout)
-        new_cache = cache.append(k, v, layout)
-        if T == 1:  # the token is its own last key: the ring holds everything it sees
-            keys = new_cache.held()
-            k, v = new_cache.key, new_cache.value
-        else:
-            keys = cache.held().then(layout)
-            k = jnp.concatenate([cache.key.astype(k.dtype), k], axis=1)
-            v = jnp.concatenate([cache.value.astype(v.dtype), v], axis=1)
-        o = self._attend(q, k, v, self._mask(layout, keys))
-        return self._output(o, gate, segment_ids), new_cache
+        sources, after = NewTokens(cache, (k, v), layout).enter(packed=packed, hold=hold)
+        o = attend(
+            q,
+            layout,
+            sources,
+            lambda key, value: (key, value),
+            self._attend,
+            window=self.window_size,
+            scale=self.head_dim**-0.5,
+        )
+        return self._output(o, gate, segment_ids), after
 
     def init_cache(self, batch: int, max_length: int) -> AttentionCache:
         """An empty cache for `batch` rows of at most `max_length` tokens (a window needs no more slots)."""

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from deltajax.layers.layout import packs_sequences
 from deltajax.layers.norm import GatedRMSNorm, RMSNorm
 from deltajax.layers.parameters import linear, parameter
 from deltajax.layers.projection import Projection
 from deltajax.layers.sharding import run_convolution, run_op
-from deltajax.ops import Gate, delta_rule_step
+from deltajax.ops import Gate, delta_rule, delta_rule_step, gated_delta_rule, kimi_delta_attention
 from deltajax.ops.gates import activate
+from deltajax.ops.packed_convolution import packed_convolution
 
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of the op's output, before norm and gate.
 OP_OUTPUT = "delta_rule_output"
@@ -27,6 +29,39 @@ class DeltaCache(NamedTuple):
     k_conv: Float[Array, "B W1 HK"]
     v_conv: Float[Array, "B W1 HVV"]
     state: Float[Array, "B HV K V"]  # float32
+
+
+class NewDeltaTokens(NamedTuple):
+    """A cache and the tokens of a call that would enter it."""
+
+    cache: DeltaCache
+    inputs: tuple[Array, Array, Array]  # of the convolutions, [B, T, .] each
+    k: Float[Array, "B T H K"]  # not yet normalised
+    v: Float[Array, "B T HV V"]
+    g: Float[Array, "B T HV"] | Float[Array, "B T HV K"] | None  # log decay
+    beta: Float[Array, "B T HV"]
+    real: Bool[Array, "B T"]  # false for padding, which ends a row
+
+    def keep(self, counts: Int[Array, " B"]) -> DeltaCache:
+        """The cache with the first `counts` tokens of each row: the state runs over them once more."""
+        kept = self.real & (jnp.arange(self.k.shape[1]) < counts[:, None])
+        row, convs = jnp.arange(len(counts))[:, None], []
+        for past, x in zip(self.cache[:3], self.inputs, strict=True):
+            last = jnp.sum(kept, axis=1)[:, None] + jnp.arange(past.shape[1])
+            convs.append(jnp.concatenate([past, x.astype(past.dtype)], axis=1)[row, last])
+        arrays = dict(q=self.k, k=self.k, v=self.v, g=self.g, beta=self.beta, gate=None)
+        arrays |= dict(initial_state=self.cache.state, segment_ids=kept.astype(jnp.int32))
+        _, state = run_op(_op_of, arrays, normalize_qk=True)
+        q_conv, k_conv, v_conv = convs
+        return DeltaCache(q_conv, k_conv, v_conv, state)
+
+
+def _op_of(q, k, v, g, beta, gate, **options) -> tuple[Array, Array]:
+    """The op whose log decay has that shape."""
+    if g is None:
+        return delta_rule(q, k, v, beta, **options)
+    op = gated_delta_rule if g.ndim == 3 else kimi_delta_attention
+    return op(q, k, v, g, beta, **options)
 
 
 class DeltaLayer(nnx.Module):
@@ -90,6 +125,8 @@ class DeltaLayer(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: DeltaCache | None = None,
+        num_segments: int | None = None,
+        hold: bool = False,
     ) -> Any:
         """Mixes tokens along T.
 
@@ -99,20 +136,30 @@ class DeltaLayer(nnx.Module):
             id 0 is padding, which outputs 0 and leaves the cache alone. Padding stands between segments or
             at a row's ends, not inside a segment: the convolutions' taps do not skip over it.
           cache: what earlier calls returned (or `init_cache`); it belongs to the row's first segment.
+          num_segments: static N: B = 1, and the row packs tokens of sequences 1..N, each together, which
+            continue the N rows of `cache`.
+          hold: return `NewDeltaTokens`, whose `keep` makes the cache after some of the tokens, instead of a
+            cache; rows are then of one segment, padding at their ends.
 
         Returns:
           y [B, T, D] in the compute dtype; `(y, cache)` when a cache is given.
+
+        Raises:
+          TypeError, ValueError: on arguments of wrong shapes or that do not go together.
         """
-        (q, k, v), convs = self._project(x, segment_ids, cache)
+        rows = None if cache is None else cache.state.shape[0]
+        packed = packs_sequences(x.shape, segment_ids, num_segments, hold, rows)
+        inputs, (q, k, v), convs = self._project(x, segment_ids, cache, packed)
         beta = self.write_strength(x)
         g, gate = self._decay(x)
-        if cache is not None and x.shape[1] == 1:
+        if cache is not None and x.shape[1] == 1 and not packed and not hold:
             o, state = self._step(cache.state, q, k, v, g, beta, gate, segment_ids)
         else:
             arrays = dict(q=q, k=k, v=v, g=g, beta=beta, gate=gate, segment_ids=segment_ids)
-            arrays["initial_state"] = None if cache is None else cache.state
+            initial: Any = None if cache is None else cache.state
+            arrays["initial_state"] = initial.swapaxes(0, 1)[None] if packed else initial
             o, state = run_op(
-                self._recurrence,
+                self._packed_recurrence if packed else self._recurrence,
                 arrays,
                 normalize_qk=True,
                 chunk_size=self.chunk_size,
@@ -121,7 +168,12 @@ class DeltaLayer(nnx.Module):
         y = self._output(checkpoint_name(o, OP_OUTPUT), x)
         if cache is None:
             return y
+        if hold:
+            real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
+            return y, NewDeltaTokens(cache, inputs, k, v, self.log_decay(x), beta, real)
         q_conv, k_conv, v_conv = convs
+        if packed:
+            state = state[0].swapaxes(0, 1)
         return y, DeltaCache(q_conv, k_conv, v_conv, state)
 
     def init_cache(self, batch: int) -> DeltaCache:
@@ -160,20 +212,29 @@ class DeltaLayer(nnx.Module):
         """The output gate's pre-activation [B, T, HV * V], or None."""
         raise NotImplementedError
 
-    def _project(self, x, segment_ids, cache):
-        """Projections and short convolutions: q, k [B, T, H, K] and v [B, T, HV, V]."""
+    def _packed_recurrence(self, *, initial_state, **arguments) -> tuple[Array, Array]:
+        """The op on one row of sequences; their states are [1, HV, N, K, V], as `run_op` splits heads."""
+        o, state = self._recurrence(
+            initial_state=initial_state.swapaxes(1, 2), num_segments=initial_state.shape[2], **arguments
+        )
+        return o, state.swapaxes(1, 2)
+
+    def _project(self, x, segment_ids, cache, packed):
+        """Projections before and after the short convolutions: [B, T, .], and q, k [B, T, H, K], v."""
         B, T, _ = x.shape
-        outputs, convs = [], []
+        inputs, outputs, convs = [], [], []
         for name, size in (("q", self.head_dim), ("k", self.head_dim), ("v", self.head_v_dim)):
-            y, conv = run_convolution(
-                getattr(self, f"{name}_proj")(x),
-                getattr(self, f"{name}_conv")[...],
-                segment_ids=segment_ids,
-                cache=None if cache is None else getattr(cache, f"{name}_conv"),
-            )
+            inputs.append(getattr(self, f"{name}_proj")(x))
+            weight = getattr(self, f"{name}_conv")[...]
+            past: Any = None if cache is None else getattr(cache, f"{name}_conv")
+            if packed:
+                y, conv = packed_convolution(inputs[-1], weight, segment_ids=segment_ids, cache=past[None])
+                conv = conv[0]
+            else:
+                y, conv = run_convolution(inputs[-1], weight, segment_ids=segment_ids, cache=past)
             outputs.append(y.reshape(B, T, -1, size))
             convs.append(conv)
-        return outputs, convs
+        return tuple(inputs), outputs, convs
 
     def _step(self, state, q, k, v, g, beta, gate, segment_ids):
         """One token by the recurrence; padding rows keep their state and output zero."""

@@ -8,13 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from deltajax.layers.attention_cache import LatentCache
-from deltajax.layers.layout import Layout, causal_mask, layout_of, layouts_on_axis, without_padding
+from deltajax.layers.attention_cache import LatentCache, NewTokens, layout_after
+from deltajax.layers.blockwise import Source, attend
+from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
 from deltajax.layers.rotary import RotaryEmbedding
 from deltajax.layers.sharding import run_attention
-from deltajax.ops.checks import check_segment_ids
 from deltajax.ops.problem import vary_like
 
 
@@ -35,7 +35,8 @@ class LatentAttention(nnx.Module):
     split.
 
     Memory: attention holds T x T logits per head, in the forward and the backward pass; with a cache, those
-    of T tokens with each other and with every slot.
+    of T tokens with each other and with every slot where these are few, else it goes block by block, in
+    bounded memory (`layers.blockwise`; no gradient).
 
     Args:
       hidden_size: width D.
@@ -93,6 +94,7 @@ class LatentAttention(nnx.Module):
         self.qk_nope_head_dim = qk_nope_head_dim
         self.qk_rope_head_dim = qk_rope_head_dim
         self.v_head_dim = v_head_dim
+        self._scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
         self.rotary = None if rope_theta is None else RotaryEmbedding(qk_rope_head_dim, theta=rope_theta)
         self.dtype = dtype
 
@@ -122,6 +124,8 @@ class LatentAttention(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: LatentCache | None = None,
+        num_segments: int | None = None,
+        hold: bool = False,
     ) -> Any:
         """Mixes tokens along T.
 
@@ -131,16 +135,21 @@ class LatentAttention(nnx.Module):
             outputs 0 and does not enter the cache. Padding stands between segments or at a row's ends, not
             inside a segment.
           cache: what earlier calls returned (or `init_cache`); it belongs to the row's first segment.
+          num_segments: static N: B = 1, and the row packs tokens of sequences 1..N, each together, which
+            continue the N rows of `cache`.
+          hold: return `NewTokens`, whose `keep` makes the cache after some of the tokens, instead of a cache.
 
         Returns:
           y [B, T, D] in the compute dtype; `(y, cache)` when a cache is given.
 
         Raises:
-          TypeError, ValueError: on segment ids that are not integers of shape [B, T].
+          TypeError, ValueError: on segment ids that are not integers of shape [B, T], or arguments that do
+            not go together.
         """
         B, T, _ = x.shape
-        if segment_ids is not None:
-            check_segment_ids(segment_ids, B, T)
+        packed = packs_sequences(
+            x.shape, segment_ids, num_segments, hold, None if cache is None else cache.length.shape[0]
+        )
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.low_rank_queries else self.q_proj(x)
         q = q.reshape(B, T, self.num_heads, -1)
         latent, shared_key = jnp.split(self.kv_a_proj(x), [self.kv_lora_rank], axis=-1)
@@ -156,16 +165,11 @@ class LatentAttention(nnx.Module):
             )
             return self._output(o, segment_ids)
 
-        layout = layout_of(B, T, segment_ids, cache.length)
+        layout = layout_after(x.shape, segment_ids, cache.length, packed)
         q, latent = self._rotate(q, latent, layout)
-        new_cache = cache.append(latent, layout)
-        if T == 1:  # the token is its own last key: the ring holds everything it sees
-            keys, latents = new_cache.held(), new_cache.latent
-        else:
-            keys = cache.held().then(layout)
-            latents = jnp.concatenate([cache.latent.astype(latent.dtype), latent], axis=1)
-        attend = self._attend_latents if self._absorbs(T) else self._attend_expanded
-        return self._output(attend(q, latents, kernel, causal_mask(layout, keys)), segment_ids), new_cache
+        sources, after = NewTokens(cache, (latent,), layout).enter(packed=packed, hold=hold)
+        attention = self._attend_latents if self._absorbs(T) else self._attend_expanded
+        return self._output(attention(q, layout, sources, kernel), segment_ids), after
 
     def init_cache(self, batch: int, max_length: int) -> LatentCache:
         """An empty cache for `batch` rows of at most `max_length` tokens."""
@@ -194,29 +198,35 @@ class LatentAttention(nnx.Module):
             latent = jax.lax.all_gather(latent, axis_name, axis=1, tiled=True)
         kernel = vary_like(kernel, q)  # before its cast: gradients are summed in the parameter's dtype
         plain = axis_name is None and segment_ids is None
-        return self._attend_expanded(q, latent, kernel, None if plain else causal_mask(own, whole))
+        return self._softmax(q, *self._expand(latent, kernel), None if plain else causal_mask(own, whole))
 
     def _absorbs(self, queries: int) -> bool:
         """Whether that many queries multiply less with the latents than with keys and values made of them."""
         C, R, N, V = self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim
         return queries * (2 * (C + R)) <= C * (N + V) + queries * (N + R + V)
 
-    def _attend_expanded(self, q, latent, kernel, mask) -> Float[Array, "B T H V"]:
-        """Attention with each head's own keys and values, made of the latents [B, S, C+R]."""
+    def _expand(self, latent: Float[Array, "B S C+R"], kernel: Array) -> tuple[Array, Array]:
+        """Each head's own keys [B, S, H, N + R] and values [B, S, H, V]."""
         latent, shared_key = jnp.split(latent, [self.kv_lora_rank], axis=-1)
         made = jnp.einsum("bsc,chn->bshn", latent, kernel.astype(self.dtype))
         key, value = jnp.split(made, [self.qk_nope_head_dim], axis=-1)
         shared_key = jnp.broadcast_to(shared_key[:, :, None], (*key.shape[:3], self.qk_rope_head_dim))
-        return self._softmax(q, jnp.concatenate([key, shared_key], axis=-1), value, mask)
+        return jnp.concatenate([key, shared_key], axis=-1), value
 
-    def _attend_latents(self, q, latent, kernel, mask) -> Float[Array, "B T H V"]:
+    def _attend_expanded(self, q, layout: Layout, sources: list[Source], kernel) -> Float[Array, "B T H V"]:
+        """Attention with each head's own keys and values, made of the latents."""
+        expand = lambda latent: self._expand(latent, kernel)  # noqa: E731
+        return attend(q, layout, sources, expand, self._softmax, scale=self._scale)
+
+    def _attend_latents(self, q, layout: Layout, sources: list[Source], kernel) -> Float[Array, "B T H V"]:
         """The same with the latents as the one key and value of all heads."""
         N = self.qk_nope_head_dim
         kernel = kernel.astype(self.dtype)
         q_latent = jnp.einsum("bthn,chn->bthc", q[..., :N], kernel[..., :N])
         q = jnp.concatenate([q_latent, q[..., N:]], axis=-1)
         # The shared key is weighted too and cut off after: a cut before would copy the cache.
-        o = self._softmax(q, latent[:, :, None], latent[:, :, None], mask)[..., : self.kv_lora_rank]
+        both = lambda latent: (latent[:, :, None], latent[:, :, None])  # noqa: E731
+        o = attend(q, layout, sources, both, self._softmax, scale=self._scale)[..., : self.kv_lora_rank]
         return jnp.einsum("bthc,chv->bthv", o, kernel[..., N:])
 
     def _softmax(self, q, key, value, mask) -> Float[Array, "B T H V"]:
@@ -224,8 +234,7 @@ class LatentAttention(nnx.Module):
         V = value.shape[-1]
         size = max(V, key.shape[-1])
         q, key, value = (_widened(x, size) for x in (q, key, value))
-        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
-        o = jax.nn.dot_product_attention(q, key, value, mask=mask, scale=scale, is_causal=mask is None)
+        o = jax.nn.dot_product_attention(q, key, value, mask=mask, scale=self._scale, is_causal=mask is None)
         return o[..., :V]
 
     def _output(self, o, segment_ids) -> Float[Array, "B T D"]:

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from deltajax.ops import segments
+from deltajax.ops.checks import check_segments
 
 
 class Layout(NamedTuple):
@@ -36,6 +37,47 @@ def layout_of(
     if seen is not None:
         position = position + jnp.where(run == 1, seen[:, None], 0)
     return Layout(run, position)
+
+
+def packs_sequences(
+    shape: tuple[int, ...],
+    segment_ids: Int[Array, "B T"] | None,
+    num_segments: int | None,
+    hold: bool,
+    rows: int | None,
+) -> bool:
+    """Whether a layer's call packs several sequences with caches of their own in its one row.
+
+    Args:
+      shape: of the input, [B, T, D].
+      segment_ids, num_segments, hold: as given to the layer.
+      rows: of the cache; None where none is given.
+
+    Raises:
+      ValueError, TypeError: on arguments that do not go together; the message names them.
+    """
+    check_segments(segment_ids, num_segments, *shape[:2])
+    if hold and (rows is None or num_segments is not None):
+        raise ValueError("hold=True: expected a cache, and num_segments=None")
+    if num_segments is None:
+        if rows is not None and rows != shape[0]:
+            raise ValueError(f"cache: expected one of {shape[0]} rows, as many as the input's, got {rows}")
+        return False
+    if rows is None:
+        raise ValueError(f"num_segments={num_segments}: expected a cache with as many rows, got none")
+    if shape[0] != 1 or rows != num_segments:
+        raise ValueError(
+            f"num_segments={num_segments}: expected one row of tokens and a cache of {num_segments} rows, "
+            f"got {shape[0]} and {rows}"
+        )
+    return num_segments > 1
+
+
+def packed_layout(segment_ids: Int[Array, "1 T"], seen: Int[Array, " N"]) -> Layout:
+    """Of a row of sequences 1..N: the ids as runs, each continuing after `seen` earlier tokens."""
+    layout = layout_of(1, segment_ids.shape[1], segment_ids, None)
+    earlier = seen[jnp.maximum(segment_ids - 1, 0)]
+    return Layout(segment_ids, layout.position + jnp.where(segment_ids != 0, earlier, 0))
 
 
 def layouts_on_axis(

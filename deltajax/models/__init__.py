@@ -8,9 +8,10 @@ from deltajax.models.counting import (
     flops_per_token,
 )
 from deltajax.models.gate_statistics import gate_statistics
-from deltajax.models.generate import generate
+from deltajax.models.generate import Step, generate, stream
 from deltajax.models.language_model import LanguageModel, ModelCache
 from deltajax.models.presets import PRESETS, get_preset, kda_mla_pattern
+from deltajax.models.speculative import accept_greedy, keep, verify
 from deltajax.models.weights import load_weights, save_weights
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "LanguageModel",
     "ModelCache",
     "ModelConfig",
+    "Step",
     "abstract_model",
+    "accept_greedy",
     "count_active_parameters",
     "count_parameters",
     "flops_per_token",
@@ -26,6 +29,9 @@ __all__ = [
     "generate",
     "get_preset",
     "kda_mla_pattern",
+    "keep",
     "load_weights",
     "save_weights",
+    "stream",
+    "verify",
 ]

@@ -48,9 +48,10 @@ class Block(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Applies the block; the cache is None when none is given."""
-        x, cache = self.mix(x, segment_ids=segment_ids, cache=cache)
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Applies the block, the options being the mixers'; the cache is None when none is given."""
+        x, cache = self.mix(x, segment_ids=segment_ids, cache=cache, **options)
         return self.feed(x, segment_ids=segment_ids), cache
 
     def mix(
@@ -59,9 +60,10 @@ class Block(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """The block's first half: `x + mixer(attn_norm(x))`, and the cache."""
-        mixed = self.mixer(self.attn_norm(x), segment_ids=segment_ids, cache=cache)
+        mixed = self.mixer(self.attn_norm(x), segment_ids=segment_ids, cache=cache, **options)
         y, cache = (mixed, None) if cache is None else mixed
         return shard_tokens(x + y), cache
 

@@ -105,6 +105,8 @@ class ModelConfig:
         `models.remat.rematerialized`.
       scan_layers: one loop over equal layers; False writes them all out: compiling takes longer, and a step
         less time, since what the loop stacks and copies for the backward pass stays where it is.
+      stack_layers: keep the parameters and caches of repeated layers in one array each, for a loop over them;
+        False gives every layer its own, so that decoding reads and updates them where they lie.
       chunk_size: chunk of the delta-rule ops, a power of two >= 16; None for the op's choice.
       implementation: backend of the delta-rule ops, None for the op's choice.
       attention_implementation: backend of `jax.nn.dot_product_attention` in `sliding_window` and
@@ -159,6 +161,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
+    stack_layers: bool = True
     chunk_size: int | None = None
     implementation: str | None = None
     attention_implementation: str | None = None
@@ -198,6 +201,7 @@ class ModelConfig:
         self._check_choice("dtype", _DTYPES)
         self._check_choice("param_dtype", _DTYPES)
         self._check_choice("remat", REMAT)
+        self._check_choice("stack_layers", (True, False))
         self._check_choice("implementation", (None, *_IMPLEMENTATIONS))
         self._check_choice("attention_implementation", (None, *_ATTENTION_IMPLEMENTATIONS))
 
@@ -286,7 +290,7 @@ class ModelConfig:
     def _fail(self, field: str, expected: str) -> None:
         raise ValueError(f"ModelConfig.{field}={getattr(self, field)!r}: expected {expected}")
 
-    def _check_choice(self, field: str, choices: tuple[str | None, ...]) -> None:
+    def _check_choice(self, field: str, choices: tuple[str | bool | None, ...]) -> None:
         if getattr(self, field) not in choices:
             self._fail(field, f"one of {choices}")
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from deltajax.layers import MixtureOfExperts
 from deltajax.layers.delta_base import DeltaLayer
 from deltajax.layers.embedding import embed_tokens
-from deltajax.models.groups import group_layers
+from deltajax.models.groups import layer_groups
 from deltajax.models.language_model import LanguageModel
 
 Statistics = dict[str, Float[Array, ""]]
@@ -39,7 +39,7 @@ def gate_statistics(
     """
     config, found = model.config, {}
     x = embed_tokens(model.embedding[...], tokens, config.dtype)
-    for layers, group in zip(group_layers(config.blocks), model.groups, strict=True):
+    for layers, group in zip(layer_groups(config), model.groups, strict=True):
         graph, state = nnx.split(group.blocks)
 
         def unit(x, params, graph=graph):

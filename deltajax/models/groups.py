@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from deltajax.models.config import ModelConfig
+
 
 class LayerGroup(NamedTuple):
     """`unit` (a tuple of layer kinds) applied `repeats` times, in order; `start` is its first layer."""
@@ -10,6 +12,13 @@ class LayerGroup(NamedTuple):
     start: int
     unit: tuple[Any, ...]
     repeats: int
+
+
+def layer_groups(config: ModelConfig) -> tuple[LayerGroup, ...]:
+    """How a model's layers are grouped: by `group_layers`, or each by itself without `stack_layers`."""
+    if config.stack_layers:
+        return group_layers(config.blocks)
+    return tuple(LayerGroup(i, (kind,), 1) for i, kind in enumerate(config.blocks))
 
 
 def group_layers(layers: Sequence[Any]) -> tuple[LayerGroup, ...]:

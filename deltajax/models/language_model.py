@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -10,7 +11,7 @@ from deltajax.layers import RMSNorm
 from deltajax.layers.embedding import embed_tokens
 from deltajax.layers.parameters import parameter
 from deltajax.models.config import ModelConfig
-from deltajax.models.groups import group_layers
+from deltajax.models.groups import layer_groups
 from deltajax.models.scan import GroupCache, ScannedBlocks
 
 ModelCache = tuple[GroupCache, ...]
@@ -33,9 +34,7 @@ class LanguageModel(nnx.Module):
         normal = nnx.initializers.normal(config.initializer_range)
         shape = (config.vocab_size, config.hidden_size)
         self.embedding = parameter(normal, shape, ("vocab", "embed"), config.param_dtype, rngs)
-        self.groups = nnx.List(
-            [ScannedBlocks(group, config, rngs=rngs) for group in group_layers(config.blocks)]
-        )
+        self.groups = nnx.List([ScannedBlocks(group, config, rngs=rngs) for group in layer_groups(config)])
         self.norm = RMSNorm(
             config.hidden_size,
             eps=config.norm_eps,
@@ -53,6 +52,8 @@ class LanguageModel(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: ModelCache | None = None,
+        num_segments: int | None = None,
+        hold: bool = False,
     ) -> Any:
         """Next-token logits.
 
@@ -61,11 +62,16 @@ class LanguageModel(nnx.Module):
           segment_ids: int32 [B, T] for packed rows; sequences do not see each other, id 0 is padding
             (its logits mean nothing), which stands between sequences or at a row's ends, not inside one.
           cache: what earlier calls returned (or `init_cache`); it belongs to each row's first segment.
+          num_segments: static N: B = 1, and the row packs tokens of sequences 1..N, each together, which
+            continue the N rows of `cache`.
+          hold: return what the tokens would add to the cache instead of adding it, for `keep`.
 
         Returns:
           logits float32 [B, T, vocab]; `(logits, cache)` when a cache is given.
         """
-        hidden = self.hidden_states(tokens, segment_ids=segment_ids, cache=cache)
+        hidden = self.hidden_states(
+            tokens, segment_ids=segment_ids, cache=cache, num_segments=num_segments, hold=hold
+        )
         if cache is None:
             return self.logits(hidden)
         hidden, cache = hidden
@@ -77,6 +83,8 @@ class LanguageModel(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: ModelCache | None = None,
+        num_segments: int | None = None,
+        hold: bool = False,
     ) -> Any:
         """The normalised final hidden states, before the LM head; arguments as `__call__`.
 
@@ -86,7 +94,13 @@ class LanguageModel(nnx.Module):
         x = embed_tokens(self.embedding[...], tokens, self.config.dtype)
         new_cache = []
         for i, group in enumerate(self.groups):
-            x, new = group(x, segment_ids=segment_ids, cache=None if cache is None else cache[i])
+            x, new = group(
+                x,
+                segment_ids=segment_ids,
+                cache=None if cache is None else cache[i],
+                num_segments=num_segments,
+                hold=hold,
+            )
             new_cache.append(new)
         x = self.norm(x)
         return x if cache is None else (x, tuple(new_cache))
@@ -103,3 +117,17 @@ class LanguageModel(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> ModelCache:
         """An empty cache for `batch` sequences of at most `max_length` tokens."""
         return tuple(group.init_cache(batch, max_length) for group in self.groups)
+
+    def grow_cache(self, cache: ModelCache, max_length: int) -> ModelCache:
+        """The same cache with room for sequences of `max_length` tokens, no less than before.
+
+        No sequence may have outgrown the old one: a full ring no longer tells its first slot.
+        """
+        batch = jax.tree.leaves(cache)[0].shape[1]
+
+        def put(old: Array, new: Array) -> Array:
+            if old.shape == new.shape:
+                return old
+            return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+        return jax.tree.map(put, cache, self.init_cache(batch, max_length))

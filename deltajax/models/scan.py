@@ -45,20 +45,26 @@ class ScannedBlocks(nnx.Module):
         *,
         segment_ids: Int[Array, "B T"] | None,
         cache: GroupCache | None,
-    ) -> tuple[Float[Array, "B T D"], GroupCache | None]:
-        """Applies every layer in order; the cache is None when none is given."""
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Applies every layer in order, with the mixers' options; the cache is None when none is given."""
         graph, state = nnx.split(self.blocks)
 
         def unit(x, layer):
             params, caches = layer
             new_caches = []
             for i, block in enumerate(nnx.merge(graph, params)):
-                x, new = block(x, segment_ids=segment_ids, cache=None if caches is None else caches[i])
+                own = None if caches is None else caches[i]
+                x, new = block(x, segment_ids=segment_ids, cache=own, **options)
                 new_caches.append(new)
             return x, None if caches is None else tuple(new_caches)
 
         unit = rematerialized(unit, self.remat, in_loop=self.loop)
-        return jax.lax.scan(unit, x, (state, cache), unroll=not self.loop)
+        if cache is None or self.repeats > 1:
+            return jax.lax.scan(unit, x, (state, cache), unroll=not self.loop)
+        # Without a loop, a donated cache is updated where it lies.
+        x, new = unit(x, jax.tree.map(lambda leaf: leaf[0], (state, cache)))
+        return x, jax.tree.map(lambda leaf: leaf[None], new)
 
     def init_cache(self, batch: int, max_length: int) -> GroupCache:
         """Empty caches of all layers, stacked."""

@@ -4,6 +4,7 @@ Every layer's parameters have names of their own, `layers.<n>.mixer.q_proj.kerne
 layers for its scans.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from deltajax.models.config import ModelConfig
-from deltajax.models.groups import group_layers
+from deltajax.models.groups import layer_groups
 from deltajax.models.language_model import LanguageModel
 
 _FORMAT = "deltajax"  # in the file's header, to tell others by
+_NAMED = 10  # parameters that one message names
 
 
 def save_weights(path: str | Path, params: Any, config: ModelConfig, **about: str) -> None:
@@ -47,46 +49,97 @@ def save_weights(path: str | Path, params: Any, config: ModelConfig, **about: st
 def load_weights(path: str | Path, **changes: Any) -> LanguageModel:
     """The model that `save_weights` wrote, one parameter at a time.
 
+    All names and shapes are compared before the first is read.
+
     Args:
         path: the safetensors file, its configuration beside it.
         **changes: of the configuration, such as `dtype` or `implementation`.
 
     Raises:
-        ValueError: the file is none of these, or a parameter is missing, left over, or of another shape; the
-            message names it.
+        FileNotFoundError: there is no such file, or no configuration beside it.
+        ValueError: the file is none of these, or parameters are missing, left over, or of another shape; the
+            message names them.
     """
     path = Path(path)
-    config = ModelConfig.from_json(config_path(path).read_text()).replace(**changes)
+    config = read_config(path).replace(**changes)
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
     abstract, loaded = nnx.to_pure_dict(state), {}
+    with _opened(path) as file:
+        _check_parameters(path, file, abstract, config)
+        for where, x in jax.tree.leaves_with_path(abstract):
+            stacked = np.empty(x.shape, x.dtype)
+            for name, index in _names(where, config):
+                part = stacked if index is None else stacked[index, ...]
+                part[...] = file.get_tensor(name)
+            loaded[tuple(key.key for key in where)] = jnp.asarray(stacked)
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(loaded))
+    return nnx.merge(graph, state)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration beside a file of weights.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no configuration beside it.
+        ValueError: what is there is no configuration, or names what deltajax does not know.
+    """
+    path, beside = Path(path), config_path(path)
+    for file, what in ((path, "file of weights"), (beside, f"configuration of {path}")):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such {what}")
+    try:
+        return ModelConfig.from_json(beside.read_text())
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{beside}: {error}") from error
+
+
+def read_about(path: str | Path) -> dict[str, str]:
+    """The entries of the header that `save_weights` was given.
+
+    Raises:
+        ValueError: the file was not written by it.
+    """
+    with _opened(Path(path)) as file:
+        return {name: value for name, value in file.metadata().items() if name != "format"}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "np") as file:
             if (file.metadata() or {}).get("format") != _FORMAT:
                 raise ValueError(f"{path}: not written by save_weights")
-            left = set(file.keys())
-            for where, x in jax.tree.leaves_with_path(abstract):
-                stacked = np.empty(x.shape, x.dtype)
-                for name, index in _names(where, config):
-                    if name not in left:
-                        raise ValueError(f"{path}: no parameter {name}")
-                    value, part = file.get_tensor(name), stacked if index is None else stacked[index, ...]
-                    if value.shape != part.shape:
-                        raise ValueError(f"{path}: {name} has shape {value.shape}, expected {part.shape}")
-                    part[...] = value
-                    left.remove(name)
-                loaded[tuple(key.key for key in where)] = jnp.asarray(stacked)
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    if left:
-        raise ValueError(f"{path}: {sorted(left)[0]} is no parameter of the configuration beside it")
-    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(loaded))
-    return nnx.merge(graph, state)
+
+
+def _check_parameters(path: Path, file: Any, abstract: Any, config: ModelConfig) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for where, x in jax.tree.leaves_with_path(abstract):
+        for name, index in _names(where, config):
+            shapes[name] = tuple(x.shape if index is None else x.shape[1:])
+    names = set(file.keys())
+    wrong = [f"no parameter {name}" for name in shapes if name not in names]
+    for name in shapes.keys() & names:
+        shape = tuple(file.get_slice(name).get_shape())
+        if shape != shapes[name]:
+            wrong.append(f"{name} has shape {shape}, expected {shapes[name]}")
+    wrong += [f"{name} is no parameter of the configuration beside it" for name in names - shapes.keys()]
+    if wrong:
+        more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        raise ValueError(f"{path}: {'; '.join(sorted(wrong)[:_NAMED])}{more}")
 
 
 def config_path(path: str | Path) -> Path:
     """Where the configuration of a file of weights lies."""
     return Path(path).with_suffix(".json")
+
+
+def tokenizer_path(path: str | Path) -> Path:
+    """Where the tokenizer of a file of weights lies, unless that is bytes."""
+    return Path(path).with_suffix(".tokenizer.json")
 
 
 def _names(where: Any, config: ModelConfig) -> Iterator[tuple[str, int | None]]:
@@ -96,7 +149,7 @@ def _names(where: Any, config: ModelConfig) -> Iterator[tuple[str, int | None]]:
         yield ".".join(parts), None
         return
     _, group_index, _, block, *rest = parts  # groups.<g>.blocks.<b>...
-    group = group_layers(config.blocks)[int(group_index)]
+    group = layer_groups(config)[int(group_index)]
     for repeat in range(group.repeats):
         layer = group.start + repeat * len(group.unit) + int(block)
         yield ".".join(("layers", str(layer), *rest)), repeat

@@ -127,7 +127,7 @@ def check_call(
     ):
         raise ValueError(f"chunk_size must be a power of two >= 16 or None, got {chunk_size!r}")
     check_scale(scale)
-    _check_segments(segment_ids, num_segments, B, T)
+    check_segments(segment_ids, num_segments, B, T)
     if initial_state is not None:
         check_float("initial_state", initial_state)
         if num_segments is None:
@@ -151,7 +151,8 @@ def check_segment_ids(segment_ids: Any, B: int, T: int) -> None:
     check_shape("segment_ids", segment_ids, "B T", (B, T))
 
 
-def _check_segments(segment_ids: Any, num_segments: Any, B: int, T: int) -> None:
+def check_segments(segment_ids: Any, num_segments: Any, B: int, T: int) -> None:
+    """Checks the ids, and their values where these are visible, against the number of segments."""
     if num_segments is not None:
         if not isinstance(num_segments, int | np.integer) or num_segments < 1:
             raise ValueError(f"num_segments must be a static int >= 1 or None, got {num_segments!r}")

@@ -71,8 +71,12 @@ class Mixer:
         self.layer = MIXERS[name](hidden_size=HIDDEN, initializer_range=0.4, rngs=nnx.Rngs(1), **options)
         self.graph, self.state = nnx.split(self.layer)
 
-    def __call__(self, x, segment_ids=None, cache=None):
-        return _call(self.graph, self.state, x, segment_ids, cache)
+    def __call__(self, x, segment_ids=None, cache=None, num_segments=None, hold=False):
+        return _call(self.graph, self.state, x, segment_ids, cache, num_segments, hold)
+
+    def keep(self, pending, counts):
+        """The cache with some of the tokens that a call held."""
+        return _keep(pending, counts)
 
     def gradients(self, x, segment_ids, weight):
         """Output, and the gradients of `sum(weight * y)` to parameters and input."""
@@ -84,9 +88,15 @@ class Mixer:
         return self.layer.init_cache(batch)
 
 
-@_compiled
-def _call(graph, state, x, segment_ids, cache):
-    return nnx.merge(graph, state)(x, segment_ids=segment_ids, cache=cache)
+@functools.partial(_compiled, static_argnums=(0, 5, 6))
+def _call(graph, state, x, segment_ids, cache, num_segments, hold):
+    layer = nnx.merge(graph, state)
+    return layer(x, segment_ids=segment_ids, cache=cache, num_segments=num_segments, hold=hold)
+
+
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def _keep(pending, counts):
+    return pending.keep(counts)
 
 
 @_compiled

@@ -100,6 +100,34 @@ def check(name: str, sizes: dict, packed: bool, cached: bool = False) -> list[st
     return wrong
 
 
+def continued(name: str, sizes: dict) -> list[str]:
+    """What differs under the mesh where one row packs sequences that continue caches of their own."""
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    graph, state = nnx.split(CASES[name](hidden_size=D, initializer_range=0.4, rngs=nnx.Rngs(1)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2 * T, D)), jnp.float32)
+    first, second = jnp.split(
+        jnp.asarray([[2] * 9 + [3] * (T - 9) + [3] * 7 + [0] * 3 + [1] * (T - 10)]), 2, 1
+    )
+
+    def run(state, x):
+        layer = nnx.merge(graph, state)
+        delta = not isinstance(layer, (Attention, LatentAttention))
+        cache = layer.init_cache(3) if delta else layer.init_cache(3, 2 * T)
+        _, cache = layer(x[:, :T], segment_ids=first, cache=cache, num_segments=3)
+        return layer(x[:, T:], segment_ids=second, cache=cache, num_segments=3)
+
+    def spread(state, x):
+        with shard_ops(mesh, "data", "tensor", sequence="context"):
+            return run(state, x)
+
+    expected, got = jax.jit(run)(state, x), jax.jit(spread)(state, x)
+    return [
+        f"{jax.tree_util.keystr(path)} is off"
+        for (path, a), (_, b) in zip(*(jax.tree.leaves_with_path(t) for t in (got, expected)), strict=True)
+        if not np.abs(a - b).max() < TOLERANCE * max(np.abs(b).max(), 1)
+    ]
+
+
 def gathered() -> list[str]:
     """What latent attention gathers under a context axis that is not the latents or the segment ids."""
     mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
@@ -128,6 +156,10 @@ def main() -> int:
         failed += bool(wrong)
         what = f"{name} on {mesh}{', packed' if packed else ''}{', with a cache' if cached else ''}"
         print(f"{'FAILED' if wrong else 'ok'} {what} {'; '.join(wrong)}", flush=True)
+    for name in ("kda", "latent attention"):
+        wrong = continued(name, MESHES["data 2, context 2, tensor 2"])
+        failed += bool(wrong)
+        print(f"{'FAILED' if wrong else 'ok'} {name}, packed, with caches {'; '.join(wrong)}", flush=True)
     wrong = gathered()
     print(
         f"{'FAILED' if wrong else 'ok'} latent attention gathers its latents {'; '.join(wrong)}", flush=True

@@ -11,6 +11,9 @@ T = 9
 # Float32 sums in another order (chunked against one token at a time).
 TOLERANCE = dict(rtol=1e-4, atol=2e-5)
 
+# Where a property is the same code for the others.
+ONE_OF_EACH = ("delta_net", "gated_delta_net_grouped", "kda", "sliding_window", "latent_attention")
+
 
 def inputs(batch: int, length: int = T, seed: int = 0):
     return np.random.default_rng(seed).standard_normal((batch, length, HIDDEN), np.float32)
@@ -102,6 +105,64 @@ def test_after_a_packed_prefill_the_cache_continues_the_last_segment(mixer):
     _, alone = mixer(x[:, 3:7], cache=mixer.cache(2))
     more = inputs(2, 2, seed=1)
     np.testing.assert_allclose(decode(mixer, more, cache)[0], decode(mixer, more, alone)[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("mixer", ONE_OF_EACH, indirect=True)
+def test_a_packed_call_continues_every_sequence_by_its_own_cache(mixer):
+    x, rows = inputs(1), inputs(4, seed=1)
+    # What each has seen, and the new tokens: out of order, one without any, padding between.
+    seen = (np.arange(T) < np.array([9, 1, 4, 0])[:, None]).astype(np.int32)
+    ids = np.array([[4, 4, 4, 1, 1, 0, 0, 2, 0]])
+    _, before = mixer(rows, seen, mixer.cache(4))
+    y, cache = mixer(x, ids, before, num_segments=4)
+    np.testing.assert_array_equal(y[0, ids[0] == 0], 0)
+    padded, own = np.zeros_like(rows[:, :3]), np.zeros((4, 3), np.int32)
+    for n in (4, 1, 2):
+        count = (ids[0] == n).sum()
+        padded[n - 1, :count], own[n - 1, :count] = x[0, ids[0] == n], 1
+    want, after = mixer(padded, own, before)
+    for n in (4, 1, 2):
+        np.testing.assert_allclose(y[0, ids[0] == n], want[n - 1, own[n - 1] == 1], **TOLERANCE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), cache, after)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2], b[2]), cache, before)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "length"),
+    [*((name, 4) for name in ONE_OF_EACH), ("kda", 1), ("sliding_window", 1)],
+    indirect=["mixer"],
+)
+def test_tokens_on_hold_are_kept_up_to_any_count(mixer, length):
+    x, counts = inputs(3, length), np.array([length, 0, length // 2])
+    _, before = mixer(inputs(3, seed=1), cache=mixer.cache(3))
+    y, pending = mixer(x, cache=before, hold=True)
+    whole, _ = mixer(x, cache=before)
+    np.testing.assert_allclose(y, whole, **TOLERANCE)
+    got = mixer.keep(pending, counts)
+    _, want = mixer(x, (np.arange(length) < counts[:, None]).astype(np.int32), before)
+    assert type(got) is type(before)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), got, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_segments=2), "num_segments=2: expected a cache with as many rows, got none"),
+        (dict(num_segments=2, rows=3), "one row of tokens and a cache of 2 rows, got 1 and 3"),
+        (dict(num_segments=2, rows=2, batch=2), "one row of tokens and a cache of 2 rows, got 2 and 2"),
+        (dict(hold=True), "hold=True: expected a cache, and num_segments=None"),
+        (dict(hold=True, num_segments=2, rows=2), "hold=True: expected a cache, and num_segments=None"),
+        (dict(rows=3), "cache: expected one of 1 rows, as many as the input's, got 3"),
+    ],
+)
+@pytest.mark.parametrize("mixer", ["kda", "full_attention", "latent_attention"], indirect=True)
+def test_arguments_that_do_not_go_together_are_named(mixer, options, message):
+    options = dict(options)
+    batch, rows = options.pop("batch", 1), options.pop("rows", None)
+    cache = None if rows is None else mixer.cache(rows)
+    with pytest.raises(ValueError, match=message):
+        mixer.layer(inputs(batch), segment_ids=np.ones((batch, T), np.int32), cache=cache, **options)
 
 
 @pytest.mark.parametrize("length", [1, 4])

@@ -60,3 +60,9 @@ def run():
 @pytest.fixture(scope="session")
 def hybrid() -> LanguageModel:
     return tiny_model(HYBRID)
+
+
+@pytest.fixture(scope="session")
+def short() -> LanguageModel:
+    """A layer of each kind of cache, for what must only be the same in every layer."""
+    return tiny_model(TINY.replace(layer_pattern=("kda", "sliding_window", "full_attention"), num_layers=3))

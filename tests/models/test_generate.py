@@ -2,8 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from deltajax.models import generate
+from deltajax.models import LanguageModel, abstract_model, generate, stream
+from deltajax.models.decoding import Decoding, Options
+from deltajax.models.generate import _advance
+from deltajax.models.prefill import bucket
+from deltajax.models.sampling import Sampling
 
 PROMPT = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [8, 0, 0, 0, 0]])
 LENGTHS = jnp.array([5, 3, 1])
@@ -42,6 +47,83 @@ def test_a_hybrid_of_kda_and_latent_attention_generates_as_its_full_forwards(tin
     got = generate(model, PROMPT, prompt_lengths=LENGTHS, max_new_tokens=6)
     for row, prompt, length in zip(got, PROMPT, LENGTHS, strict=True):
         assert list(row) == by_full_forwards(run, model, prompt[: int(length)], 6)
+
+
+def test_prompts_of_any_lengths_read_in_pieces_are_read_as_a_whole(short):
+    """Packed and in equal rows; pieces end inside prompts."""
+    prompts = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8]]
+    whole = generate(short, prompts, max_new_tokens=6)
+    np.testing.assert_array_equal(generate(short, prompts, max_new_tokens=6, prefill_chunk=5), whole)
+    rows = jnp.array([prompts[0], prompts[0][::-1]])
+    np.testing.assert_array_equal(
+        generate(short, rows, max_new_tokens=6, prefill_chunk=6), generate(short, rows, max_new_tokens=6)
+    )
+    padded = jnp.array([prompt + [0] * (7 - len(prompt)) for prompt in prompts])
+    again = generate(short, padded, prompt_lengths=[7, 1, 4], max_new_tokens=6)
+    np.testing.assert_array_equal(again, whole)
+
+
+def test_a_stream_gives_the_same_tokens_as_they_come_while_its_cache_grows(short):
+    options = dict(prompt_lengths=LENGTHS, temperature=1.0, key=KEY)
+    free = np.asarray(generate(short, PROMPT, max_new_tokens=24, **options))
+    steps = stream(short, PROMPT, **options)  # 16 slots at first
+    got = [next(steps) for _ in range(24)]
+    np.testing.assert_array_equal(np.stack([step.tokens for step in got], axis=1), free)
+    assert not any(step.finished.any() for step in got)
+
+    stops = (int(free[0, 1]), int(free[1, 3]), int(free[2, 2]))
+    want = np.asarray(generate(short, PROMPT, max_new_tokens=24, stop_tokens=stops, pad_token=16, **options))
+    got = list(stream(short, PROMPT, stop_tokens=stops, pad_token=16, **options))
+    ends = [next(i for i, token in enumerate(row) if token in stops) for row in want]
+    assert len(got) == max(ends) + 1 < 24
+    np.testing.assert_array_equal(np.stack([step.tokens for step in got], axis=1), want[:, : len(got)])
+    for n, step in enumerate(got):
+        np.testing.assert_array_equal(step.finished, n >= np.array(ends))
+
+
+def test_a_stream_ends_after_its_tokens_or_with_its_cache(short):
+    prompt = jnp.array([[3, 1, 4]])
+    want = np.asarray(generate(short, prompt, max_new_tokens=8))[0]
+    for options in (dict(max_new_tokens=5), dict(max_length=7), dict(max_new_tokens=5, max_length=100)):
+        got = [int(step.tokens[0]) for step in stream(short, prompt, **options)]
+        assert got == list(want[:5]), options
+    assert len(list(stream(short, prompt, max_length=3))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_length=4), "prompt 0 has 5 tokens: expected at most max_length=4, the cache's"),
+        (dict(max_new_tokens=0), "max_new_tokens=0: expected a positive integer or None"),
+        (dict(prefill_chunk=0), "prefill_chunk=0: expected a positive integer"),
+        (dict(temperature=1.0), "key=None"),
+    ],
+)
+def test_a_stream_refuses_before_its_first_step(short, options, message):
+    with pytest.raises(ValueError, match=message):
+        stream(short, PROMPT, **options)
+
+
+def test_lengths_are_rounded_up_to_few_shapes_of_little_padding():
+    shapes = {bucket(n) for n in range(1, 4097)}
+    assert len(shapes) < 32
+    assert all(n <= bucket(n) < n + max(16, n // 4 + 1) for n in range(1, 4097))
+
+
+def test_a_step_without_a_scan_over_layers_updates_the_caches_where_they_lie(tiny):
+    """By the compiled program: beside the caches there is room for one layer's at most (products copy it)."""
+    config = tiny.replace(
+        layer_pattern=("latent_attention",), num_layers=4, kv_lora_rank=64, stack_layers=False
+    )
+    graph, params = nnx.split(abstract_model(config))
+    cache = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)).init_cache(2, 2**14))
+    rows = jax.eval_shape(lambda: (jnp.zeros((2,), jnp.int32), jnp.zeros((2,), bool), jax.random.split(KEY)))
+    state = Decoding(jax.ShapeDtypeStruct((), jnp.int32), *rows, ())
+    step = _advance.lower(graph, params, state, cache, Options(Sampling(), (), 0)).compile()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    stats = step.memory_analysis()
+    assert stats.alias_size_in_bytes == held
+    assert stats.temp_size_in_bytes < 0.3 * held
 
 
 def test_a_rows_tokens_do_not_depend_on_its_neighbours(hybrid):
@@ -102,6 +184,15 @@ def test_the_narrowest_sampling_is_greedy(hybrid, options):
 def test_invalid_options_raise(hybrid, options, message):
     with pytest.raises(ValueError, match=message):
         generate(hybrid, PROMPT, **({"max_new_tokens": 2} | options))
+
+
+def test_sequences_that_are_no_ids_raise(short):
+    with pytest.raises(
+        ValueError, match=r"expected non-empty sequences of ids, got shapes \[\(2,\), \(0,\)\]"
+    ):
+        generate(short, [[1, 2], []], max_new_tokens=1)
+    with pytest.raises(TypeError, match="expected integer ids, got float64"):
+        generate(short, [[1.5]], max_new_tokens=1)
 
 
 def test_an_empty_prompt_raises(hybrid):

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from deltajax.tokenizer import ByteTokenizer
 from train.config import ConfigError
 from train.corpus import TokenStore, load_corpus, split_documents, tokenize
 from train.data import Pieces, eval_batches, merge_states, train_batches
 from train.documents import Document
 from train.mixture import Group, Mixture, weighted
-from train.tokenizer import ByteTokenizer
 
 SEQ = 16
 STORE = (40, 5, 1, 17, 16, 33, 2) * 20

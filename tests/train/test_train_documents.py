@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deltajax.tokenizer import ByteTokenizer
 from tests.train.train_common import write_text
 from train.corpus import load_corpus
 from train.documents import BadData, DataError, expand, read_documents
-from train.tokenizer import ByteTokenizer
 
 
 def read(*paths, bad=None, **options):

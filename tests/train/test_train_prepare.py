@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
+from deltajax.tokenizer import ByteTokenizer, FileTokenizer
 from tests.train.train_common import environment, write_text
 from train.config import ConfigError
 from train.corpus import TokenStore, framed
@@ -18,7 +19,6 @@ from train.documents import BadData, DataError, Document, read_documents
 from train.preparation import PrepareConfig, prepare, split_stream
 from train.prepare import main
 from train.prepared import Metadata, open_prepared, prepared_tokenizer
-from train.tokenizer import ByteTokenizer, FileTokenizer
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from deltajax.tokenizer import ByteTokenizer
 from tests.train.train_common import TINY, losses, write_text
 from train.__main__ import main
 from train.data import train_batches
@@ -13,7 +14,6 @@ from train.documents import BadData, DataError
 from train.mixture import Mixture
 from train.preparation import PrepareConfig, prepare
 from train.prepared import open_prepared
-from train.tokenizer import ByteTokenizer
 
 
 @pytest.fixture

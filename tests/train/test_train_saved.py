@@ -7,14 +7,31 @@ import shutil
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
+from deltajax import generate
 from deltajax.models import load_weights
+from deltajax.models.weights import read_about, tokenizer_path
+from deltajax.tokenizer import ByteTokenizer, FileTokenizer
 from tests.train.test_train_checkpoint import damage
 from tests.train.train_common import TINY, write_text
 from train import evaluate, export
 from train.__main__ import main
+from train.config import SampleConfig
 from train.metrics import read_metrics
+from train.sample import sample_text
 from train.saved import open_saved
+
+
+def write_tokenizer(path):
+    """A tokenizer of a few words, one of which ends documents."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "end", "alpha", "beta"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(path))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +55,49 @@ def test_exported_weights_are_the_checkpoints_and_give_its_loss(finished, tmp_pa
     np.testing.assert_array_equal(model.groups[0].blocks[0].mixer.q_proj.kernel[...], kernel)
     other = open_saved(finished).params()
     assert not np.array_equal(other["embedding"], params["embedding"])
+
+
+def test_a_run_is_exported_and_generates_text(finished, tmp_path, capsys):
+    assert generate.main(["--model", str(finished), "--prompt", "a"]) == 2
+    error = capsys.readouterr().err
+    assert f"{finished} is a training run" in error and f"python -m train.export {finished} --out" in error
+    assert export.main([str(finished), "--out", str(tmp_path / "w.safetensors")]) == 0
+    assert f"python -m deltajax.generate --model {tmp_path / 'w.safetensors'}" in capsys.readouterr().out
+    args = ["--model", str(tmp_path), "--prompt", "alpha be", "--max-tokens", "12", "--temperature", "0"]
+    assert generate.main(args) == 0
+    # What the trainer itself would sample: documents begin after their separator.
+    saved = open_saved(finished)
+    model, tokenizer = load_weights(tmp_path / "w.safetensors"), ByteTokenizer()
+    want = sample_text(model, tokenizer, SampleConfig(prompt="alpha be", tokens=12, temperature=0.0), seed=0)
+    assert capsys.readouterr().out == want + "\n" and saved.config["corpus"]["tokenizer"] == "bytes"
+
+
+def test_an_export_carries_the_tokenizer_of_its_run(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    other = tmp_path / "run" / "checkpoints" / "3" / "config" / "metadata"
+    saved = json.loads(other.read_text())
+    path = write_tokenizer(tmp_path / "words.json")
+    saved["train"]["data"] |= {"tokenizer": str(path), "eos_token": "end"}
+    saved["corpus"]["tokenizer"] = FileTokenizer(path, "end").fingerprint
+    other.write_text(json.dumps(saved))
+    out = tmp_path / "w.safetensors"
+    assert export.main([str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert tokenizer_path(out).read_bytes() == path.read_bytes()
+    assert read_about(out)["eos_token"] == "end"
+    capsys.readouterr()
+    args = ["--model", str(out), "--prompt", "alpha", "--max-tokens", "3"]
+    assert generate.main(args) == 0
+    assert capsys.readouterr().out.startswith("alpha")
+    tokenizer_path(out).write_text(path.read_text().replace("alpha", "alphb"))
+    assert generate.main(args) == 2
+    assert "not the tokenizer that the model was trained with" in capsys.readouterr().err
+
+    path.unlink()
+    assert export.main([str(tmp_path / "run"), "--out", str(out)]) == 0
+    assert "warning: exported without the tokenizer: " in capsys.readouterr().err
+    assert not tokenizer_path(out).exists()
+    assert generate.main(args) == 2
+    assert f"argument --tokenizer: expected a file, as {out} names no tokenizer" in capsys.readouterr().err
 
 
 def test_evaluation_of_a_checkpoint_is_the_runs_own(finished, capsys):

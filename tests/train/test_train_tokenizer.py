@@ -5,9 +5,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 
+from deltajax.tokenizer import ByteTokenizer, FileTokenizer
 from train.corpus import tokenize
 from train.documents import DataError, Document
-from train.tokenizer import ByteTokenizer, FileTokenizer
 
 TEXT = "def f(x):\n\treturn x  # naïve Δ 漢字 🙂\n"
 
