@@ -5,11 +5,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deltajax.layers.experts import Experts
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear, parameter
+from deltajax.layers.sharding import op_sharding
 from deltajax.layers.swiglu import SwiGLU
 
 
@@ -133,7 +135,7 @@ class MixtureOfExperts(nnx.Module):
         biased = jax.lax.stop_gradient(scores)
         if self.correction_bias is not None:
             biased = biased + jax.lax.stop_gradient(self.correction_bias[...])
-        _, choice = jax.lax.top_k(biased, self.experts_per_token)
+        choice = _highest(biased, self.experts_per_token)
         weight = jnp.take_along_axis(scores, choice, axis=-1)
         if self.renormalize:
             weight = weight / (jnp.sum(weight, axis=-1, keepdims=True) + 1e-20)
@@ -156,6 +158,17 @@ class MixtureOfExperts(nnx.Module):
         """How often each expert is chosen."""
         chosen = choice[..., None] == jnp.arange(self.num_experts)
         return jnp.sum(chosen, axis=(0, 1, 2), dtype=jnp.float32)
+
+
+def _highest(scores: Float[Array, "B T E"], count: int) -> Int[Array, "B T J"]:
+    """The places of so many highest scores of each token; devices choose for their own tokens."""
+    where = op_sharding()
+    if where is None:
+        return jax.lax.top_k(scores, count)[1]
+    rows, sequence = where.token_axes(scores.shape)  # left alone, XLA would gather the scores of all tokens
+    spec = P(rows or None, sequence or None)
+    own = jax.shard_map(lambda x: jax.lax.top_k(x, count)[1], mesh=where.mesh, in_specs=spec, out_specs=spec)
+    return own(scores)
 
 
 @jax.custom_vjp

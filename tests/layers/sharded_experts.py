@@ -84,7 +84,7 @@ def check(name: str, mesh_name: str, rows: int) -> list[str]:
 
 
 def gathered() -> list[str]:
-    """Kernels of which a device under an expert axis holds more than its own experts, anywhere in a step."""
+    """What a device under an expert axis holds of other experts than its own, or gathers of all rows."""
     mesh, over = sharded(MESHES["fsdp 2, expert 4"])
     graph, state = nnx.split(build("kimi"))
     x, dy, ids = inputs(8)
@@ -107,6 +107,7 @@ def gathered() -> list[str]:
     shapes = set(re.findall(r"f32\[([\d,]+)\]", text))
     kernels = {(D, F), (F, D), (D // 2, F), (F, D // 2)}
     wrong = [s for s in shapes for e in (E, E // 2) for k in kernels if s == ",".join(map(str, (e, *k)))]
+    wrong += re.findall(rf"= (\w+\[8,{T}[,\]]\S*) all-gather\(", text)  # and not the 4 of its experts' axis
     own = f"{E // 4},{D},{F}"  # what it gathers along fsdp
     return [f"holds {shape}" for shape in wrong] + ([] if own in shapes else [f"holds no {own}"])
 
