@@ -107,7 +107,7 @@ def test_after_a_packed_prefill_the_cache_continues_the_last_segment(mixer):
     np.testing.assert_allclose(decode(mixer, more, cache)[0], decode(mixer, more, alone)[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("mixer", ONE_OF_EACH, indirect=True)
+@pytest.mark.parametrize("mixer", ONE_OF_EACH[1:], indirect=True)
 def test_a_packed_call_continues_every_sequence_by_its_own_cache(mixer):
     x, rows = inputs(1), inputs(4, seed=1)
     # What each has seen, and the new tokens: out of order, one without any, padding between.
@@ -129,7 +129,7 @@ def test_a_packed_call_continues_every_sequence_by_its_own_cache(mixer):
 
 @pytest.mark.parametrize(
     ("mixer", "length"),
-    [*((name, 4) for name in ONE_OF_EACH), ("kda", 1), ("sliding_window", 1)],
+    [*((name, 4) for name in ONE_OF_EACH), ("sliding_window", 1)],
     indirect=["mixer"],
 )
 def test_tokens_on_hold_are_kept_up_to_any_count(mixer, length):

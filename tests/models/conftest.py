@@ -64,5 +64,5 @@ def hybrid() -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def short() -> LanguageModel:
-    """A layer of each kind of cache, for what must only be the same in every layer."""
-    return tiny_model(TINY.replace(layer_pattern=("kda", "sliding_window", "full_attention"), num_layers=3))
+    """Layers of each kind of cache, in a loop and alone, for what is the same in all layers."""
+    return tiny_model(TINY.replace(layer_pattern=("kda", "kda", "full_attention"), num_layers=3))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltajax.models import LanguageModel, accept_greedy, generate, keep, verify
+from deltajax.models import accept_greedy, generate, keep, verify
 from deltajax.models.prefill import prefill
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [8]]
@@ -23,6 +23,7 @@ def round_(graph, params, cache, last, drafts):
 
 
 def test_greedy_decoding_from_random_drafts_is_plain_greedy_decoding(short):
+    assert [group.repeats for group in short.groups] == [2, 1]
     want = np.asarray(generate(short, PROMPTS, max_new_tokens=COUNT))
     graph, params = nnx.split(short)
     hidden, cache = prefill(short, [np.array(p) for p in PROMPTS], max_length=5 + COUNT + DRAFTED)
@@ -43,14 +44,3 @@ def test_greedy_decoding_from_random_drafts_is_plain_greedy_decoding(short):
     for row in range(3):
         assert got[row][:COUNT] == list(want[row])
     assert set(accepted) == {1, 2, 3, 4}
-
-
-def test_layers_of_a_scan_keep_their_tokens_too(tiny):
-    model = LanguageModel(tiny.replace(layer_pattern=("kda",), num_layers=2), rngs=nnx.Rngs(0))
-    tokens = jnp.array([[1, 2, 3], [4, 5, 6]])
-    cache = model.init_cache(2, 8)
-    _, held = verify(model, cache, tokens)
-    got = jax.jit(keep)(held, jnp.array([2, 0]))
-    _, want = model(tokens[:, :2], segment_ids=jnp.array([[1, 1], [0, 0]]), cache=cache)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
-    assert got[0][0].state.shape[0] == 2
