@@ -4,7 +4,7 @@ The decay between two tokens differs by channel, so it has to enter the products
 meet where blocks of s = 1, 2, 4, ... tokens pair up with r in the odd block and i in the even one before it.
 Across the border a between the two, ``exp(G_r - G_i) = exp(G_r - G_a) exp(G_a - G_i)`` with both factors at
 most 1, whatever the gate: one product of the chunk with itself for each s, of which that level's blocks are
-kept.
+kept. A bounded gate allows factors above 1: then one product does for all s below 32.
 """
 
 from functools import partial
@@ -26,11 +26,18 @@ from pallas_kernels.gpu.tiles import (
     L,
     columns,
     constant,
+    cut,
     iota,
+    load,
     rows,
     split,
     tile,
 )
+
+# With a gate bounded by that, decays across half a block of 32 tokens, and their inverses, stay inside bf16's
+# range of 2^+-127: they are at most 2^(16 * 5 * log2 e) = 2^115.
+MERGEABLE = -5.0
+NEAR = 32
 
 
 def channel_relations(
@@ -86,12 +93,15 @@ def channel_relations(
             (halves_of(g.dtype), tile((CHUNK, CHUNK), jnp.float16)),
             plgpu.SMEM((CHUNK, K + 8), jnp.float32),
         ),
-        x_tile=halves_of(jnp.float16),
-        y_tile=tile((CHUNK, HALF), jnp.float16),
+        x_tile=plgpu.RefUnion(
+            [halves_of(jnp.float16), tile((CHUNK, HALF), jnp.float16)],
+            [tile((CHUNK, HALF), jnp.bfloat16)] * 2,
+        ),
         relation_tile=tile((CHUNK, CHUNK), jnp.float16),
         token_tile=plgpu.SMEM((2, CHUNK), jnp.float32),
         norm_tile=plgpu.SMEM((CHUNK,), jnp.float32),
         decay_tile=plgpu.SMEM((halves, HALF), jnp.float32),
+        zero_tile=plgpu.SMEM((8,), jnp.int32),
         g_loaded=plgpu.Barrier(num_arrivals=1 + halves + (gate is not None)),
         loaded=plgpu.Barrier(num_arrivals=2 * halves),
     )
@@ -138,11 +148,11 @@ def _body(
     k_tile,
     g_tile,
     x_tile,
-    y_tile,
     relation_tile,
     token_tile,
     norm_tile,
     decay_tile,
+    zero_tile,
     g_loaded,
     loaded,
     halves,
@@ -155,6 +165,7 @@ def _body(
 ):
     queries_ref, reads_ref, keys_ref, solve_ref, p_ref, decay_ref = refs[-6:]
     (q_raw, q_tile), (k_raw, k_tile) = q_tile, k_tile
+    (x_tile, y_tile), near_tile = x_tile
     (g_raw, sum_tile), G_tile = g_tile
     c, h, b = (lax.axis_index(name) for name in ("chunk", "head", "batch"))
     here = pl.ds(c * CHUNK, CHUNK)
@@ -169,6 +180,7 @@ def _body(
         plgpu.copy_gmem_to_smem(k_ref.at[b, here, h // group, channels], k_raw[half], loaded)
         plgpu.copy_gmem_to_smem(q_ref.at[b, here, h // group, channels], q_raw[half], loaded)
 
+    zero_tile[0] = 0
     row, column = iota(0), iota(1)
     sum_tile[...] = jnp.where(column <= row, 1.0, 0.0).astype(jnp.float16)
     plgpu.barrier_wait(g_loaded)
@@ -208,11 +220,10 @@ def _body(
     norm_tile[...] = n
     plgpu.commit_smem()
 
-    meet = row ^ column
+    meet = row ^ column  # at least s where tokens meet as blocks of s, or larger ones, pair up
 
-    def relate(i, related):
-        s = 5 - i  # finer levels overwrite what coarser ones leave near the diagonal
-        size = lax.shift_left(1, s)
+    def relate(s):
+        """Products of k with k, and of q with k, across the borders between paired blocks of 2^s tokens."""
         factors = [across_border(G_of(half), line, s).astype(jnp.float16) for half in range(halves)]
         kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
         plgpu.commit_smem()  # all warps are done with the level before
@@ -221,21 +232,62 @@ def _body(
         plgpu.commit_smem()
         xt = [x_tile[half].transpose((1, 0)) for half in range(halves)]
         qf = [lambda i=half: plgpu.load(q_tile[i], layout=L) * factors[i] for half in range(halves)]
-        level = tiles.products(CHUNK, list(zip(kf, xt, strict=True)), list(zip(qf, xt, strict=True)))
-        return tuple(jnp.where(meet < 2 * size, new, old) for new, old in zip(level, related, strict=True))
+        return tiles.products(CHUNK, list(zip(x_tile, xt, strict=True)), list(zip(qf, xt, strict=True)))
 
-    nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
-    kk, qk = lax.fori_loop(0, 6, relate, (nothing, nothing))
+    def relate_near(half, sums):
+        """Adds a half's share of the relations within blocks of 32 tokens, from and to the block's middle.
 
-    n_column = columns(plgpu.load(norm_tile, layout=COLUMN), square)
-    qk = jnp.where(row == column, rows(total(own_sums), square), qk) * rows(m, square) * n_column
+        q and k are normalised already. Above the diagonal there may be infinities.
+        """
+        d = rowwise.gather(G_of(half), line, HALF) - rowwise.gather(G_of(half), (line & -NEAR) + 15, HALF)
+        up = jnp.exp2(d)
+        k = load(k_tile[half]) * rows(n, square)
+        stored = cut(k * jnp.exp2(-d))
+        plgpu.commit_smem()  # all warps are done with what lay there
+        for term, to in zip(stored, near_tile, strict=True):
+            to[...] = term
+        plgpu.commit_smem()
+        high, low = (x.transpose((1, 0)) for x in near_tile)
+
+        def pairs(x):
+            x_high, x_low = cut(x * up)
+            return [(x_high, high), (x_high, low), (x_low, high)]
+
+        products = [pairs(k), pairs(load(q_tile[half]) * rows(m, square))]
+        if sums is None:
+            return tiles.products(CHUNK, *products)
+        return tiles.add_products(*zip(sums, products, strict=True))
+
+    def normalised(sums):
+        n_column = columns(plgpu.load(norm_tile, layout=COLUMN), square)
+        return [x * (rows(norm, square) * n_column) for x, norm in zip(sums, (n, m), strict=True)]
+
+    def add_level(s, related):
+        return tuple(
+            jnp.where(meet < lax.shift_left(1, s), old, new)
+            for new, old in zip(relate(s), related, strict=True)
+        )
+
+    def add_far(s, near):
+        return tuple(jnp.where(meet < NEAR, a, b) for a, b in zip(near, normalised(relate(s)), strict=True))
+
+    if normalize and all_present and lower_bound is not None and lower_bound >= MERGEABLE:
+        near = None
+        for half in range(halves):
+            near = relate_near(half, near)
+        # A loop of one turn whose level the compiler does not know: if it did, it would spill.
+        kk, qk = lax.fori_loop(5 + zero_tile[0], 6, add_far, tuple(near))
+    else:
+        nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
+        kk, qk = normalised(lax.fori_loop(0, 6, add_level, (nothing, nothing)))
+    qk = jnp.where(row == column, rows(total(own_sums) * n * m, square), qk)
     plgpu.commit_smem()
     x_tile[-1][...] = jnp.where(column <= row, qk, 0.0).astype(jnp.float16)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_tile[-1], p_ref.at[b, h, c])
     if halves == 1:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    a = jnp.where(column < row, kk * rows(n, square) * n_column, 0.0)
+    a = jnp.where(column < row, kk, 0.0)
     relation_tile[...] = a.astype(jnp.float16)
     x = unit_lower_inverse(a * rows(beta, square), y_tile, x_tile[0])
     plgpu.commit_smem()

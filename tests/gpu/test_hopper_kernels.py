@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from deltajax import ops
 from deltajax.ops import dispatch, pallas_gpu
 from pallas_kernels.gpu import delta_rule, recurrence, rowwise, tiles
 from tests import cases
@@ -115,6 +116,29 @@ def test_interpreted_backward_in_runs(case, monkeypatch):
     monkeypatch.setattr(delta_rule, "LEAST_CHUNKS", 1)
     monkeypatch.setattr(delta_rule, "MOST_RUNS", 3)  # of 2, 2 and 1 chunks
     check_interpreted_backward(case, monkeypatch)
+
+
+def test_interpreted_kernels_at_a_gates_bound(monkeypatch):
+    """Channels that all tokens decay by e^-5, others that they hardly do: the widest range of decays."""
+    rng = np.random.default_rng(cases.SEED)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 128, 1, 64)), jnp.bfloat16) for _ in range(3))
+    q, k = q * 30, k / 1000
+    g = jnp.asarray(rng.choice([-40.0, 0.0, 40.0], size=64), jnp.float32) + jnp.zeros((1, 128, 1, 64))
+    beta = jnp.ones((1, 128, 1))
+    gate = ops.Gate(jnp.zeros(1), None, lower_bound=-5.0)
+    call = dict(q=q, k=k, v=v, g=g, beta=beta)
+    exact = ops.kimi_delta_attention(
+        **jax.tree.map(lambda x: x.astype(jnp.float32), call),
+        gate=gate,
+        normalize_qk=True,
+        implementation="scan",
+    )
+    interpreted_products(monkeypatch)
+    monkeypatch.setattr(dispatch, "PALLAS", {"cpu": KERNEL})
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = ops.kimi_delta_attention(**call, gate=gate, normalize_qk=True, implementation="pallas")
+    for a, b in zip(got, exact, strict=True):
+        assert cases.relative_error(a, b) < 5e-3
 
 
 def check_interpreted_backward(case, monkeypatch):
