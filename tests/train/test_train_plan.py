@@ -5,6 +5,7 @@ import re
 import types
 
 import pytest
+from rich.console import Console
 
 from deltajax.models import get_preset
 from train import plan, pod_step, tpu_aot
@@ -48,6 +49,25 @@ def test_kernels_run_on_parts_of_heads_and_of_rows(capsys):
     assert "data 1 x fsdp 1 x context 2 x tensor 2" in out
     # Once for what a device's tokens do to the state that enters them, once from that state.
     assert "Pallas kernels: delta_rule_backward x 2, delta_rule_forward x 2" in out
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_experts_are_planned_on_an_axis_of_their_own(capsys):
+    config = get_preset("tiny_qwen3_next").replace(
+        num_layers=1, layer_pattern=("gated_delta_net",), head_dim=64
+    )
+    mesh = make_mesh(1, 2, tpu_aot.devices_of("v5e:2x2"), expert=2)
+    found = compile_step(config, OptimizerConfig(), mesh, batch=4, seq_len=256)
+    assert found.memory.fits and found.kernels["delta_rule_backward"] == 1
+    # Three products forward; two again, three back to rows and three to kernels.
+    assert found.kernels["ragged-dot"] == 3 + 2 + 3 + 3 and "other" not in found.kernels
+    total, experts = found.model.num_parameters, 8 * 3 * 128 * 96
+    assert found.memory.parameters == pytest.approx(4 * ((total - experts) / 2 + experts / 4), rel=0.02)
+    options = plan.Plan(topology="v5e:2x2", batch=4, preset="tiny_qwen3_next", seq_len=256)
+    plan.show(options, found, Console(width=100))
+    out = capsys.readouterr().out
+    assert "4 devices as data 1 x fsdp 2 x expert 2;" in out and " active), adamw" in out
 
 
 @needs_libtpu
