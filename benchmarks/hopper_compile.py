@@ -65,6 +65,25 @@ def modules(gate: str, K: int, V: int, T: int) -> list[bytes]:
     arrays = cases.arrays(case, jnp.dtype(jnp.bfloat16))
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
     traced = jax.jit(lambda x: cases.outputs_and_gradients(case, x, "pallas")).trace(x)
+    return lowered(traced)
+
+
+def step_modules(gate: str, K: int, V: int) -> list[bytes]:
+    """The step's kernel."""
+    import jax
+
+    from deltajax.ops import step_kernels
+    from tests.ops import step_cases
+
+    step_kernels.STEP_KERNELS = {"cuda": step_kernels.STEP_KERNELS["cuda"]}
+    decay = {"none": "random", "head": "softplus", "channel": "bounded"}[gate]
+    case = step_cases.StepCase(gate, K=K, V=V, B=256, HV=1, decay=decay)
+    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), step_cases.arrays(case))
+    return lowered(jax.jit(lambda x: step_cases.call(case, x, "pallas")).trace(x))
+
+
+def lowered(traced) -> list[bytes]:
+    """The kernels of a traced program."""
     program = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
     return [
         op.attributes["mhlo.backend_config"]["module"].value_bytes for op in custom_calls(program.operation)
@@ -125,7 +144,7 @@ def main(options: Options) -> int:
         function = compiler(folder)
         for gate in options.gate:
             for K, V in options.sizes:
-                for module in modules(gate, K, V, options.T):
+                for module in modules(gate, K, V, options.T) + step_modules(gate, K, V):
                     text = said(function, module)
                     name = re.search(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", text)
                     found = re.search(

@@ -13,7 +13,7 @@ from deltajax.layers.layout import packs_sequences
 from deltajax.layers.norm import GatedRMSNorm, RMSNorm
 from deltajax.layers.parameters import linear, parameter
 from deltajax.layers.projection import Projection
-from deltajax.layers.sharding import run_convolution, run_op
+from deltajax.layers.sharding import run_convolution, run_op, run_step
 from deltajax.ops import Gate, delta_rule, delta_rule_step, gated_delta_rule, kimi_delta_attention
 from deltajax.ops.gates import activate
 from deltajax.ops.packed_convolution import packed_convolution
@@ -240,12 +240,22 @@ class DeltaLayer(nnx.Module):
         """One token by the recurrence; padding rows keep their state and output zero."""
         q, k, v, beta = (a[:, 0] for a in (q, k, v, beta))
         g = None if g is None else g[:, 0]
-        o, new_state = delta_rule_step(state, q, k, v, beta, g, gate=gate, normalize_qk=True)
         if segment_ids is not None:
+            # Padding writes nothing and does not decay, so that the state is still updated in place.
             real = segment_ids != 0  # [B, 1]
+            beta = jnp.where(real, beta, 0)
+            k, v = (jnp.where(real[..., None], x, 0) for x in (k, v))
+            if g is not None:
+                still = 0.0 if gate is None else jnp.finfo(g.dtype).min / 2  # a raw gate's log decay of 0
+                g = jnp.where(real.reshape(-1, *(1,) * (g.ndim - 1)), g, still)
+        arrays = dict(state=state, q=q, k=k, v=v, beta=beta, g=g, gate=gate)
+        plain = self.implementation in ("scan", "chunked")
+        o, state = run_step(
+            delta_rule_step, arrays, normalize_qk=True, implementation="scan" if plain else None
+        )
+        if segment_ids is not None:
             o = jnp.where(real[..., None], o, 0)
-            new_state = jnp.where(real[..., None, None], new_state, state)
-        return o[:, None], new_state
+        return o[:, None], state
 
     def _output(self, o: Float[Array, "B T HV V"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Per-head norm (gated where the layer has a gate) and output projection."""

@@ -159,6 +159,32 @@ def run_op(op: Callable[..., Any], arrays: dict[str, Any], **options: Any) -> An
     return split(given)
 
 
+def run_step(step: Callable[..., Any], arrays: dict[str, Any], **options: Any) -> Any:
+    """``step(**arrays, **options)`` of one token, split over the mesh if `shard_ops` is active.
+
+    Args:
+      step: returns o [B, HV, V] and a state [B, HV, K, V].
+      arrays: state, q, k, v, beta, and g, gate or None; of `ops.delta_rule_step`'s shapes.
+      options: its other arguments.
+    """
+    where = op_sharding()
+    if where is None:
+        return step(**arrays, **options)
+    rows, _ = where.token_axes(arrays["q"].shape[:1])
+    heads = where.split_heads(arrays["q"].shape[1], "query heads")
+    given = {name: x for name, x in arrays.items() if x is not None}
+    absent = {name: None for name, x in arrays.items() if x is None}
+    row_and_head = P(rows or None, heads)  # further axes are whole
+    split = jax.shard_map(
+        lambda given: step(**given, **absent, **options),
+        mesh=where.mesh,
+        in_specs=({name: P(heads) if name == "gate" else row_and_head for name in given},),
+        out_specs=(row_and_head, row_and_head),
+        check_vma=False,  # a kernel that works in place is not allowed inside otherwise
+    )
+    return split(given)
+
+
 def run_attention(
     attend: Callable[..., Array],
     arrays: tuple[Array, ...],

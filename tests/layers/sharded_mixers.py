@@ -128,6 +128,36 @@ def continued(name: str, sizes: dict) -> list[str]:
     ]
 
 
+def step_check(name: str) -> list[str]:
+    """What differs under a mesh when one token is decoded, a row of it padding, from a state of noise."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "context", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    layer = CASES[name](hidden_size=D, initializer_range=0.4, rngs=nnx.Rngs(1))
+    layer.implementation = None  # the step's own dispatch, as a model has it
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2 * B, 1, D)), jnp.float32)
+    cache = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), layer.init_cache(2 * B))
+    ids = jnp.asarray([[1], [1], [0], [1]])
+
+    def run(x, cache):
+        return layer(x, segment_ids=ids, cache=cache)
+
+    def spread(x, cache):
+        with shard_ops(mesh, "data", "tensor", sequence="context"):
+            return run(x, cache)
+
+    placed = cache._replace(state=jax.device_put(cache.state, NamedSharding(mesh, P("data", "tensor"))))
+    compiled = jax.jit(spread, donate_argnums=1).lower(x, placed).compile()
+    wrong = ["gathers"] if "all-gather" in compiled.as_text() else []
+    expected, got = jax.jit(run)(x, cache), compiled(x, placed)
+    for (path, a), (_, b) in zip(*(jax.tree.leaves_with_path(t) for t in (got, expected)), strict=True):
+        error = np.abs(a - b).max() / np.abs(b).max()
+        if not error < TOLERANCE:
+            wrong.append(f"{jax.tree_util.keystr(path)} is off by {error:.1e}")
+    if not np.array_equal(got[1].state[2], cache.state[2]) or np.any(got[0][2]):
+        wrong.append("the row of padding changed")
+    return wrong
+
+
 def gathered() -> list[str]:
     """What latent attention gathers under a context axis that is not the latents or the segment ids."""
     mesh = jax.make_mesh((8,), ("context",), axis_types=(AxisType.Auto,))
@@ -160,6 +190,10 @@ def main() -> int:
         wrong = continued(name, MESHES["data 2, context 2, tensor 2"])
         failed += bool(wrong)
         print(f"{'FAILED' if wrong else 'ok'} {name}, packed, with caches {'; '.join(wrong)}", flush=True)
+    for name in ("gated_delta_net, 9 taps", "kda"):
+        wrong = step_check(name)
+        failed += bool(wrong)
+        print(f"{'FAILED' if wrong else 'ok'} a step of {name} {'; '.join(wrong)}", flush=True)
     wrong = gathered()
     print(
         f"{'FAILED' if wrong else 'ok'} latent attention gathers its latents {'; '.join(wrong)}", flush=True
