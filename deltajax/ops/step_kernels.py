@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltajax.ops import pallas_gpu
+from deltajax.ops import gates, pallas_gpu
 from pallas_kernels.gpu import step as gpu_step
+from pallas_kernels.tpu import step as tpu_step
 
 
 class StepInputs(NamedTuple):
@@ -53,14 +54,24 @@ def _unsupported_gpu(inputs: StepInputs) -> str | None:
         return f"K must be a multiple of 64 up to 256, V of 32, got K = {K}, V = {V}"
     if any(jax.typeof(x).manual_axis_type.varying for x in inputs if x is not None):
         return "inside jax.shard_map it needs check_vma=False (JAX has no references that vary)"
-    return _unsupported_dtype(inputs) or pallas_gpu.other_gpu()
+    return _unsupported_dtype(inputs, "float32", "bfloat16", "float16") or pallas_gpu.other_gpu()
 
 
-def _unsupported_dtype(inputs: StepInputs) -> str | None:
-    half_or_single = (jnp.float32, jnp.bfloat16, jnp.float16)
+def _unsupported_tpu(inputs: StepInputs) -> str | None:
+    HV, K, V = inputs.state.shape[1:]
+    if K % 64 or V % 64 or K > 256 or V > 512:
+        return f"K must be a multiple of 64 up to 256, V up to 512, got K = {K}, V = {V}"
+    H = inputs.q.shape[1]
+    heads = tpu_step.block_heads(H, HV)
+    if heads > tpu_step.MOST_HEADS or heads * K * V * inputs.state.dtype.itemsize > tpu_step.BLOCK_BYTES:
+        return f"{HV} value heads of {K} x {V} on {H} key heads make blocks of {heads}, too large"
+    return _unsupported_dtype(inputs, "float32", "bfloat16")
+
+
+def _unsupported_dtype(inputs: StepInputs, *dtypes: str) -> str | None:
     for name, x in inputs._asdict().items():
-        if x is not None and x.dtype not in half_or_single:
-            return f"{name} must be float32, bfloat16 or float16, got {x.dtype}"
+        if x is not None and x.dtype.name not in dtypes:
+            return f"{name} must be {', '.join(dtypes[:-1])} or {dtypes[-1]}, got {x.dtype}"
     return None
 
 
@@ -68,8 +79,24 @@ def _run_gpu(inputs: StepInputs, options: StepOptions) -> tuple[Array, Array]:
     return gpu_step.step(*inputs, **vars(options))
 
 
+def run_tpu(inputs: StepInputs, options: StepOptions, interpret: Any = False) -> tuple[Array, Array]:
+    """The TPU kernel; ``interpret``: False, or the `InterpretParams` to run with elsewhere."""
+    state, q, k, v, beta, g, A_log, dt_bias = inputs
+    rate = None
+    if g is not None and g.ndim == 2:  # a number a head: activated outside
+        g = gates.per_head_log_decay(g, A_log, dt_bias, options.lower_bound)[:, :, None]
+        dt_bias = None
+    elif g is not None and A_log is not None:
+        rate = jnp.broadcast_to(jnp.exp(A_log.astype(jnp.float32))[:, None], g.shape[1:])
+        dt_bias = jnp.zeros_like(rate) if dt_bias is None else dt_bias.astype(jnp.float32)
+    return tpu_step.step(state, q, k, v, beta, g, rate, dt_bias, **vars(options), interpret=interpret)
+
+
 # Lowering platform -> its kernel.
-STEP_KERNELS: Mapping[str, StepKernel] = {"cuda": StepKernel(_run_gpu, _unsupported_gpu)}
+STEP_KERNELS: Mapping[str, StepKernel] = {
+    "cuda": StepKernel(_run_gpu, _unsupported_gpu),
+    "tpu": StepKernel(run_tpu, _unsupported_tpu),
+}
 
 
 def applied(kernels: Mapping[str, StepKernel], inputs: StepInputs) -> tuple[tuple[str, ...], dict[str, Any]]:
