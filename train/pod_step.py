@@ -127,9 +127,9 @@ def compile_step(
     tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32, sharding=rules.tokens(mesh))
     data = dict.fromkeys(("tokens", "targets", "segment_ids"), tokens)
     arguments: dict[str, Any] = dict(
-        parameters=_device_bytes(state.params),
-        optimizer=_device_bytes((state.opt_state, state.step)),
-        batch=_device_bytes(data),
+        parameters=device_bytes(state.params),
+        optimizer=device_bytes((state.opt_state, state.step)),
+        batch=device_bytes(data),
     )
     hbm = HBM_GIB[_generation(mesh)] * 2**30
     flops = flops_per_token(config, seq_len) * batch * seq_len
@@ -176,7 +176,7 @@ def _size(before: str, text: str) -> int | None:
     return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]) if found else None
 
 
-def _device_bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
     """Of a tree of sharded shapes, on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 

@@ -20,7 +20,8 @@ _KNOWN_TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 # The last are XLA's own, for the products of sorted rows with experts, and what they prepare.
 _KERNEL = re.compile(
-    r'kernel_name\W+(\w+)|op_name="[^"]*?(delta_rule_\w+)|op_name="[^"]*?(ragged-dot(?:-metadata)?)'
+    r'kernel_name\W+(\w+)|op_name="[^"]*?(delta_(?:rule_\w+|step))|'
+    r'op_name="[^"]*?(ragged-dot(?:-metadata)?)'
 )
 
 
