@@ -1,7 +1,7 @@
 """One token of the recurrence on a TPU: the state is read once and written once, in place.
 
 Grid (rows, blocks of heads). A head's state is a [K, V] tile, keys in sublanes and values in lanes, that the
-vector unit updates while Pallas fetches the next block: the kernel is bound by memory.
+vector unit updates while Pallas fetches the next block.
 """
 
 from functools import partial
