@@ -272,8 +272,8 @@ def _body(
         return tuple(jnp.where(meet < NEAR, a, b) for a, b in zip(near, normalised(relate(s)), strict=True))
 
     if normalize and all_present and lower_bound is not None and lower_bound >= MERGEABLE:
-        near = None
-        for half in range(halves):
+        near = relate_near(0, None)
+        for half in range(1, halves):
             near = relate_near(half, near)
         # A loop of one turn whose level the compiler does not know: if it did, it would spill.
         kk, qk = lax.fori_loop(5 + zero_tile[0], 6, add_far, tuple(near))

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.channel_decay import LOG2E, sigmoid, softplus
+from pallas_kernels.gpu.tiles import store
 
 WARPS = 4  # of a block
 LANES = 32
@@ -177,7 +178,7 @@ def _update(tile_ref, loaded, operands, o_ref, b, h, columns, *, normalize, scal
     S = S + by_row(k) * lax.broadcast_in_dim(u * k_factor, (K, width), [1])
     tile_ref[...] = S.astype(tile_ref.dtype)
     o = (by_row(q) * S).sum(axis=0) * q_factor
-    o_ref.at[b, h, columns][...] = o.astype(o_ref.dtype)
+    store(o_ref.at[b, h, columns], o.astype(o_ref.dtype))
 
 
 def _layout(K: int, width: int):

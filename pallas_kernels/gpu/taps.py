@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.channel_decay import sigmoid
+from pallas_kernels.gpu.tiles import store
 
 ROWS = CHANNELS = 64  # of a block
 HALO = 8  # rows of tokens before and after it; at least W - 1
@@ -50,8 +51,8 @@ def taps(
         partial(_forward, taps=weight.shape[0], silu=silu),
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
         scratch_types=dict(
-            x_tile=_long_tile(x.dtype),
-            y_tile=plgpu.SMEM(SHAPE, x.dtype),
+            x_tile=_tile(HALO + ROWS, x.dtype),
+            y_tile=_tile(ROWS, x.dtype),
             loaded=plgpu.Barrier(num_arrivals=2),
         ),
         grid=(D // CHANNELS, pl.cdiv(T, ROWS), B),
@@ -81,9 +82,9 @@ def taps_back(
             jax.ShapeDtypeStruct((B, blocks, W + 1, D), jnp.float32),
         ),
         scratch_types=dict(
-            x_tile=_long_tile(x.dtype),
-            dy_tile=plgpu.SMEM(SHAPE, x.dtype),
-            dz_tile=_long_tile(jnp.float32),
+            x_tile=_tile(HALO + ROWS, x.dtype),
+            dy_tile=_tile(ROWS, x.dtype),
+            dz_tile=_tile(ROWS + HALO, jnp.float32),
             loaded=plgpu.Barrier(num_arrivals=3),
         ),
         grid=(D // CHANNELS, blocks, B),
@@ -98,13 +99,14 @@ def taps_back(
     return dx, sums[:W], sums[W]
 
 
-def _long_tile(dtype):
-    """Shared memory for a tile and a halo, said to be tiled row by row.
+def _tile(rows, dtype):
+    """Shared memory said to be tiled row by row.
 
-    Else Mosaic swizzles it, and reads the rows from a number that is no multiple of 8 on wrongly.
+    Else Mosaic swizzles 8 rows at a time: it reads rows from any number but a multiple of 8 on wrongly, and
+    refuses such T.
     """
     row_by_row: Any = plgpu.TilingTransform  # complete, though typed as abstract
-    return plgpu.SMEM((HALO + ROWS, CHANNELS), dtype, transforms=(row_by_row((1, CHANNELS)),))
+    return plgpu.SMEM((rows, CHANNELS), dtype, transforms=(row_by_row((1, CHANNELS)),))
 
 
 def _lengthened(counts: jax.Array) -> jax.Array:
@@ -206,8 +208,8 @@ def _backward(
     own_dz = jnp.where(_by_row(own), dz, 0.0)
     for j in range(taps):
         x = _shifted(x_tile, counts, j)
-        sums_ref.at[b, i, j, channels][...] = (own_dz * x.astype(jnp.float32)).sum(axis=0)
-    sums_ref.at[b, i, taps, channels][...] = own_dz.sum(axis=0)
+        store(sums_ref.at[b, i, j, channels], (own_dz * x.astype(jnp.float32)).sum(axis=0))
+    store(sums_ref.at[b, i, taps, channels], own_dz.sum(axis=0))
 
     plgpu.commit_smem()  # all of dz is there
     dx = jnp.zeros(SHAPE, jnp.float32)

@@ -55,6 +55,14 @@ def load(ref) -> jax.Array:
     return plgpu.load(ref, layout=L).astype(jnp.float32)
 
 
+def store(ref, x: jax.Array) -> None:
+    """``ref[...] = x`` in global memory, also where a row is no whole number of 128-byte lines."""
+    if hasattr(plgpu, "store"):  # since jax 0.12, whose plain stores want whole lines
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
 def cut(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`split` into bf16 by cutting bits off: one bit less, and several instructions."""
     high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16), jnp.float32)
