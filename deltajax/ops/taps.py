@@ -127,7 +127,7 @@ def _backward_by_xla(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _by_platform(half: str, choice: tuple, x: Array, *args) -> Any:
+def _choose(half: str, choice: tuple, x: Array, *args) -> Any:
     """A half of the derivative by the platform's kernel, or by XLA where there is none."""
     activation, platforms, fall_back = choice
 
@@ -153,7 +153,7 @@ def _by_platform(half: str, choice: tuple, x: Array, *args) -> Any:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _taps(choice: tuple, x: Array, weight: Array, bias: Array | None, counts: Array | None) -> Array:
     """The taps; ``choice`` is the activation, the platforms with kernels, and whether XLA does the others."""
-    return _by_platform("forward", choice, x, weight, bias, counts)
+    return _choose("forward", choice, x, weight, bias, counts)
 
 
 def _forward(choice, *args):
@@ -161,7 +161,7 @@ def _forward(choice, *args):
 
 
 def _backward(choice, saved, dy):
-    return *_by_platform("backward", choice, *saved, dy), None
+    return *_choose("backward", choice, *saved, dy), None
 
 
 _taps.defvjp(_forward, _backward)
