@@ -88,7 +88,7 @@ def write(path: Path, tensors: Sequence[Pending], max_shard_bytes: int) -> None:
             room = max_shard_bytes
         shards[-1].append(tensor)
         room -= tensor.bytes
-    names, where = [SINGLE], {}
+    names, where = [SINGLE], dict[str, str]()
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):

@@ -136,7 +136,9 @@ def _linear(ours: str, theirs: str, names: str) -> list[Rule]:
 
 
 def _block_rules(model_type: str, config: ModelConfig, kind: LayerKind) -> list[Rule]:
-    norms = ("attn_norm", "mlp_norm") if model_type in FLA else ("input_layernorm", "post_attention_layernorm")
+    norms = (
+        ("attn_norm", "mlp_norm") if model_type in FLA else ("input_layernorm", "post_attention_layernorm")
+    )
     rules = [_plain("attn_norm.scale", f"{norms[0]}.weight"), _plain("mlp_norm.scale", f"{norms[1]}.weight")]
     if kind.mixer == "latent_attention":
         rules += _latent_rules(config)
@@ -166,7 +168,9 @@ def _fla_delta_rules(config: ModelConfig, mixer: str) -> list[Rule]:
     if mixer == "gated_delta_net":
         return rules + _linear("mixer", "attn", "a" if config.use_gate is False else "a g")
     for n in "fg":
-        rules += [_matrix(f"mixer.{n}_{x}_proj.kernel", f"attn.{n}_proj.{i}.weight") for i, x in enumerate("ab")]
+        rules += [
+            _matrix(f"mixer.{n}_{x}_proj.kernel", f"attn.{n}_proj.{i}.weight") for i, x in enumerate("ab")
+        ]
     return [*rules, _plain("mixer.g_b_proj.bias", "attn.g_proj.1.bias")]
 
 
@@ -223,11 +227,12 @@ def _dense_rules(model_type: str) -> list[Rule]:
 def _kimi_expert_rules(config: ModelConfig) -> list[Rule]:
     home = "block_sparse_moe"
     experts = (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    shared = _linear("mlp.shared", f"{home}.shared_experts", "gate up down")
     return [
         _matrix("mlp.router.kernel", f"{home}.gate.weight"),
         _plain("mlp.correction_bias", f"{home}.gate.e_score_correction_bias"),
         *(_matrix(f"mlp.experts.{n}_proj", f"{home}.experts.{EXPERT}.{w}.weight") for n, w in experts),
-        *(_linear("mlp.shared", f"{home}.shared_experts", "gate up down") if config.num_shared_experts else ()),
+        *(shared if config.num_shared_experts else ()),
     ]
 
 

@@ -38,8 +38,8 @@ def load_pretrained(path: str | Path, *, place: Place | None = None, **changes: 
 
     Raises:
       FileNotFoundError: no such directory, or files missing in it.
-      ValueError: an architecture or a value in `config.json` that is not supported, a damaged file, or tensors
-        that are missing, left over or of another shape; the message names them.
+      ValueError: an architecture or a value in `config.json` that is not supported, a damaged file, or
+        tensors that are missing, left over or of another shape; the message names them.
     """
     path = Path(path)
     fields = read_fields(path)
@@ -105,7 +105,8 @@ def read_fields(path: Path) -> dict[str, Any]:
       ValueError: it is not a JSON object.
     """
     if not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"{path}: no {CONFIG} in it" if path.is_dir() else f"{path}: no such directory")
+        what = f"no {CONFIG} in it" if path.is_dir() else "no such directory"
+        raise FileNotFoundError(f"{path}: {what}")
     try:
         fields = json.loads((path / CONFIG).read_text())
     except ValueError as error:
