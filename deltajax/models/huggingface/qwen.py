@@ -54,7 +54,7 @@ def write(config: ModelConfig, model_type: str) -> dict[str, Any]:
     """Their fields from ours."""
     names = {"gated_delta_net": "linear_attention", "full_attention": "full_attention"}
     width = config.expert_intermediate_size or 0
-    if not width:
+    if config.num_experts is None:
         raise ValueError(f"ModelConfig.num_experts={config.num_experts}: a qwen3_next model has experts")
     return dict(
         architectures=["Qwen3NextForCausalLM"],

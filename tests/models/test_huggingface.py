@@ -1,0 +1,331 @@
+"""Checkpoints in Hugging Face's form: round trips, names and orders of rows, and what is refused."""
+
+import functools
+import json
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from deltajax.models import LanguageModel, ModelConfig, abstract_model, get_preset
+from deltajax.models.huggingface import from_hf, load_pretrained, save_pretrained, to_hf
+
+SMALL = dict(
+    vocab_size=24, hidden_size=16, num_layers=4, num_heads=2, head_dim=8, intermediate_size=24,
+    attn_num_heads=2, window_size=4, implementation="scan",
+)  # fmt: skip
+EXPERTS = dict(num_experts=3, experts_per_token=2, expert_intermediate_size=8)
+LATENT = dict(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, latent_v_head_dim=8)
+
+
+def _of(preset: str, **changes) -> ModelConfig:
+    return get_preset(preset).replace(**SMALL, **changes)
+
+
+CONFIGS = {
+    "delta_net": _of("tiny_delta_net", head_v_dim=16, allow_neg_eigval=True),
+    "delta_net_gated_tied": _of("tiny_delta_net", use_gate=True, tie_embeddings=True),
+    "delta_net_global": _of("tiny_delta_net").replace(layer_pattern=("delta_net", "full_attention")),
+    "gated_deltanet": _of("tiny_gated_delta_net", head_v_dim=16, num_v_heads=4),
+    "gated_deltanet_h1": _of("tiny_gated_delta_net_h1", head_v_dim=16, attn_num_kv_heads=1),
+    "kda": _of("tiny_kda", num_v_heads=4),
+    "kda_bounded": _of("tiny_kda", lower_bound=-5.0),
+    "kimi_linear": _of("tiny_kimi_linear", dtype="float32", **EXPERTS, **LATENT),
+    "kimi_linear_bf16": _of(
+        "tiny_kimi_linear", dtype="bfloat16", param_dtype="bfloat16", q_lora_rank=6, **EXPERTS, **LATENT
+    ),
+    "qwen3_next": _of(
+        "tiny_qwen3_next", dtype="float32", num_v_heads=4, head_v_dim=4, attn_head_dim=8, attn_num_kv_heads=1,
+        **EXPERTS,
+    ),
+    "qwen3_next_dense_first": _of(
+        "tiny_qwen3_next", dtype="float32", num_v_heads=2, attn_head_dim=8, attn_num_kv_heads=2,
+        num_dense_layers=1, **EXPERTS,
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def model_of(name: str) -> LanguageModel:
+    """Every number of every parameter its own."""
+    graph, state = nnx.split(abstract_model(CONFIGS[name]))
+    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
+    rng = np.random.default_rng(5)
+    drawn = [jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), leaf.dtype) for leaf in leaves]
+    nnx.replace_by_pure_dict(state, jax.tree.unflatten(tree, drawn))
+    return nnx.merge(graph, state)
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def bytes_of(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """`saved(name)`: a model of that name in a directory, nothing to be changed there."""
+
+    @functools.cache
+    def save(name: str):
+        path = tmp_path_factory.mktemp(name) / "m"
+        save_pretrained(model_of(name), path)
+        return path
+
+    return save
+
+
+def rewritten(path, to, tensors=None, **fields):
+    """A copy of a checkpoint with other tensors or fields."""
+    to.mkdir()
+    config = json.loads((path / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | fields))
+    save_file(load_file(path / "model.safetensors") if tensors is None else tensors, to / "model.safetensors")
+    return to
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_comes_back_and_is_saved_to_the_same_bytes(name, saved, tmp_path):
+    model, path = model_of(name), saved(name)
+    back = load_pretrained(path)
+    jax.tree.map(np.testing.assert_array_equal, params_of(back), params_of(model))
+    assert to_hf(back.config) == to_hf(model.config)
+    chex.assert_trees_all_equal_dtypes(params_of(back), params_of(model))
+    save_pretrained(back, tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(path)
+
+
+@pytest.mark.parametrize("name", ["kda", "qwen3_next"])
+def test_the_loaded_model_computes_the_same(name, saved):
+    tokens = jax.random.randint(jax.random.key(0), (1, 9), 0, 24)
+    back = load_pretrained(saved(name), implementation="scan")
+    np.testing.assert_array_equal(back(tokens), model_of(name)(tokens))
+
+
+def test_layers_may_have_arrays_of_their_own(saved):
+    apart = load_pretrained(saved("kimi_linear"), stack_layers=False, dtype="bfloat16")
+    assert apart.config.dtype == "bfloat16" and apart.config.param_dtype == "float32"
+    stacked = model_of("kimi_linear")
+    want = stacked.groups[1].blocks[0].mlp.experts.up_proj[...][1]
+    np.testing.assert_array_equal(apart.groups[2].blocks[0].mlp.experts.up_proj[...][0], want)
+
+
+def test_shards_have_an_index_and_hold_the_same(saved, tmp_path):
+    save_pretrained(model_of("qwen3_next"), tmp_path / "m", max_shard_bytes=5000)
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    whole = load_file(saved("qwen3_next") / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in whole.values())
+    shards = {name: load_file(tmp_path / "m" / name) for name in set(index["weight_map"].values())}
+    assert len(shards) > 5 and max(sum(x.nbytes for x in s.values()) for s in shards.values()) <= 5000
+    for name, x in whole.items():
+        np.testing.assert_array_equal(shards[index["weight_map"][name]][name], x)
+    back = load_pretrained(tmp_path / "m")
+    jax.tree.map(np.testing.assert_array_equal, params_of(back), params_of(model_of("qwen3_next")))
+
+
+def test_qwen_rows_are_interleaved_by_key_head(saved):
+    config, mixer = CONFIGS["qwen3_next"], model_of("qwen3_next").groups[0].blocks[0].mixer
+    tensors = load_file(saved("qwen3_next") / "model.safetensors")
+    name = "model.layers.0.linear_attn."
+    q, k, v, z = (getattr(mixer, f"{n}_proj").kernel[...][0] for n in "qkvg")
+    b, a = mixer.b_proj.kernel[...][0], mixer.a_proj.kernel[...][0]
+    K, V, r = config.head_dim, config.value_dim, 2
+    qkvz, ba = tensors[name + "in_proj_qkvz.weight"], tensors[name + "in_proj_ba.weight"]
+    for head in range(2):
+        own = qkvz[head * (2 * K + 2 * r * V) :]
+        np.testing.assert_array_equal(own[:K], q.T[head * K :][:K])
+        np.testing.assert_array_equal(own[K : 2 * K], k.T[head * K :][:K])
+        np.testing.assert_array_equal(own[2 * K :][: r * V], v.T[head * r * V :][: r * V])
+        np.testing.assert_array_equal(own[2 * K + r * V :][: r * V], z.T[head * r * V :][: r * V])
+        np.testing.assert_array_equal(ba[4 * head :][:2], b.T[2 * head :][:2])
+        np.testing.assert_array_equal(ba[4 * head + 2 :][:2], a.T[2 * head :][:2])
+    taps = tensors[name + "conv1d.weight"]
+    assert taps.shape == (2 * 2 * K + 4 * V, 1, 4)
+    np.testing.assert_array_equal(taps[2 * K : 4 * K, 0], mixer.k_conv[...][0])
+    assert tensors["model.layers.3.self_attn.q_proj.weight"].shape == (2 * 2 * 8, 16)
+    assert tensors["model.layers.0.mlp.shared_expert_gate.weight"].shape == (1, 16)
+    assert "model.layers.2.mlp.experts.2.down_proj.weight" in tensors
+
+
+def test_kimi_has_the_published_names_and_the_dense_layer_may_have_the_other(saved, tmp_path):
+    tensors = load_file(saved("kimi_linear") / "model.safetensors")
+    shapes = {name: x.shape for name, x in tensors.items()}
+    assert shapes["model.layers.0.self_attn.A_log"] == (1, 1, 2, 1)
+    assert shapes["model.layers.1.self_attn.dt_bias"] == (16,)
+    assert shapes["model.layers.3.self_attn.kv_a_proj_with_mqa.weight"] == (12, 16)
+    assert shapes["model.layers.1.block_sparse_moe.experts.2.w2.weight"] == (16, 8)
+    assert shapes["model.layers.1.block_sparse_moe.gate.e_score_correction_bias"] == (3,)
+    assert "model.layers.0.mlp.gate_proj.weight" in shapes and "model.embed_tokens.weight" in shapes
+
+    def other(name, x):
+        x = x.reshape(-1) if name.endswith("A_log") else x
+        return name.replace("layers.0.mlp.", "layers.0.block_sparse_moe."), x
+
+    renamed = dict(other(name, x) for name, x in tensors.items())
+    assert renamed.keys() != tensors.keys()
+    back = load_pretrained(rewritten(saved("kimi_linear"), tmp_path / "m", renamed))
+    jax.tree.map(np.testing.assert_array_equal, params_of(back), params_of(model_of("kimi_linear")))
+
+
+def test_parameters_are_placed_by_their_logical_axes(saved):
+    mesh = jax.make_mesh((1,), ("x",))
+    seen = []
+
+    def place(axes, shape):
+        seen.append((axes, shape))
+        return NamedSharding(mesh, PartitionSpec("x" if "experts" in axes else None))
+
+    model = load_pretrained(saved("kimi_linear"), place=place)
+    jax.tree.map(np.testing.assert_array_equal, params_of(model), params_of(model_of("kimi_linear")))
+    assert (("layers", "experts", "embed", "mlp"), (2, 3, 16, 8)) in seen
+    assert all(isinstance(x.sharding, NamedSharding) for x in jax.tree.leaves(params_of(model)))
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "qwen3_next"])
+def test_any_part_of_a_parameter_is_read_alone(name, saved):
+    from deltajax.models.huggingface.files import opened
+    from deltajax.models.huggingface.pretrained import _dotted, _read, _sources
+
+    params = {_dotted(p): x[...] for p, x in nnx.to_flat_state(nnx.state(model_of(name)))}
+    shapes = {n: x.shape for n, x in params.items()}
+    with opened(saved(name)) as file:
+        sources = _sources(file, name, CONFIGS[name], shapes)
+        for n, x in params.items():
+            index = tuple(slice(size // 2, None) if size > 1 else slice(None) for size in x.shape)
+            np.testing.assert_array_equal(_read(file, sources[n], x.shape, x.dtype, index), x[index])
+
+
+def test_tensors_that_do_not_fit_are_named_together(saved, tmp_path):
+    path = saved("kimi_linear")
+    tensors = load_file(path / "model.safetensors")
+    layer = "model.layers.1."
+    gone = tensors.pop(layer + "block_sparse_moe.experts.1.w3.weight")
+    tensors[layer + "self_attn.q_proj.weight"] = gone
+    tensors["model.layers.9.x"] = gone
+    broken = rewritten(path, tmp_path / "m", tensors)
+    with pytest.raises(ValueError) as error:
+        load_pretrained(broken)
+    for text in (
+        f"no tensor {layer}block_sparse_moe.experts.1.w3.weight",
+        f"{layer}self_attn.q_proj.weight has shape (8, 16), expected (16, 16)",
+        "model.layers.9.x belongs to no parameter",
+    ):
+        assert text in str(error.value)
+
+
+def test_extra_heads_of_qwen_and_a_tied_head_are_passed_over(saved, tmp_path):
+    extra = {"qwen3_next": "mtp.fc.weight", "delta_net_gated_tied": "lm_head.weight"}
+    for name, more in extra.items():
+        tensors = load_file(saved(name) / "model.safetensors")
+        load_pretrained(rewritten(saved(name), tmp_path / name, tensors | {more: np.zeros(3, np.float32)}))
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    path = tmp_path / "m"
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        load_pretrained(path)
+    save_pretrained(model_of("kda"), path, max_shard_bytes=5000)
+    shards = sorted(path.glob("*.safetensors"))
+    whole = shards[1].read_bytes()
+    for damaged in (whole[:-8], b"\xff" * 64, b"", whole[:4]):
+        shards[1].write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{shards[1].name}: not a whole safetensors file"):
+            load_pretrained(path)
+    shards[1].unlink()
+    shards[3].unlink()
+    with pytest.raises(FileNotFoundError, match=f"{shards[1].name}, {shards[3].name}"):
+        load_pretrained(path)
+    (path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="not an index of safetensors files"):
+        load_pretrained(path)
+    (path / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or"):
+        load_pretrained(path)
+    (path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("kda", dict(model_type="llama"), "model_type='llama': expected one of delta_net"),
+        ("kda", dict(hidden_act="gelu"), "hidden_act='gelu': expected 'silu' or 'swish'"),
+        ("kda", dict(use_short_conv=False), "use_short_conv=False: expected True"),
+        ("kda", dict(expand_v=0.3), "expand_v=0.3"),
+        ("kda", dict(head_dim=512), "ModelConfig.head_dim=512: expected at most 256"),
+        ("delta_net", dict(qk_norm="sum"), "qk_norm='sum': expected 'l2'"),
+        ("gated_deltanet_h1", dict(attn=dict(layers=[9], num_heads=2)), "attn.layers=[9]"),
+        ("gated_deltanet_h1", dict(attn=dict(layers=[1])), "no field attn.num_heads"),
+        ("kimi_linear", dict(mla_use_nope=False), "mla_use_nope=False: expected True"),
+        ("kimi_linear", dict(num_expert_group=4), "num_expert_group=4: expected 1"),
+        ("kimi_linear", dict(moe_router_activation_func="softmax"), "moe_router_activation_func='softmax'"),
+        ("qwen3_next", dict(layer_types=["conv"] * 4), "layer_types=['conv',"),
+        ("qwen3_next", dict(rope_scaling=dict(type="yarn")), "rope_scaling={'type': 'yarn'}: expected None"),
+        ("qwen3_next", dict(mlp_only_layers=[2]), "mlp_only_layers=[2]"),
+        ("qwen3_next", dict(vocab_size=None), "no field vocab_size"),
+    ],
+)
+def test_unsupported_configurations_are_named(name, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_hf(to_hf(CONFIGS[name]) | change)
+
+
+def test_versions_name_fields_differently():
+    fields = to_hf(CONFIGS["kimi_linear"])
+    for old, new in (("num_experts_per_token", "num_experts_per_tok"), ("moe_renormalize", "norm_topk_prob")):
+        fields[new] = fields.pop(old)
+    linear = fields.pop("linear_attn_config")
+    fields |= dict(
+        linear_num_heads=linear["num_heads"], linear_head_dim=linear["head_dim"],
+        layer_types=["linear_attention"] * 3 + ["full_attention"], mlp_layer_types=["dense"] + ["sparse"] * 3,
+        torch_dtype="float32", dtype=None,
+    )  # fmt: skip
+    assert from_hf(fields) == from_hf(to_hf(CONFIGS["kimi_linear"]))
+    fields = to_hf(CONFIGS["qwen3_next"])
+    rope = {name: fields.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+    assert from_hf(fields | {"rope_parameters": rope}) == from_hf(to_hf(CONFIGS["qwen3_next"]))
+
+
+@pytest.mark.parametrize(
+    "preset",
+    ["delta_net_1p3b", "delta_net_swa_1p3b", "delta_net_global_1p3b", "gated_delta_net_1p3b",
+     "gated_delta_net_h1_1p3b", "kda_1p3b", "kda_hybrid_1p3b", "kimi_linear_48b_a3b", "qwen3_next_80b_a3b"],
+)  # fmt: skip
+def test_published_shapes_have_a_configuration(preset):
+    config = get_preset(preset)
+    back = from_hf(to_hf(config))
+    assert back.layers == config.layers and back.blocks == config.blocks
+    assert back.value_dim == config.value_dim and back.norm_eps == config.norm_eps
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("kda", dict(layer_pattern=("kda", "delta_net")), "layer_pattern"),
+        ("kda", dict(kda_gate_bias=False), "kda_gate_bias=False"),
+        ("kda", dict(zero_centered_norm=True), "zero_centered_norm=True"),
+        ("kimi_linear", dict(rope_theta=10000.0), "rope_theta=10000.0"),
+        ("kimi_linear", dict(router="softmax"), "router='softmax'"),
+        ("qwen3_next", dict(allow_neg_eigval=True), "allow_neg_eigval=True"),
+        ("qwen3_next", dict(num_experts=None), "num_experts=None"),
+    ],
+)
+def test_models_without_that_form_are_not_saved(name, change, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        to_hf(CONFIGS[name].replace(**change))
+
+
+def test_what_is_there_is_not_overwritten(saved, tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(FileExistsError, match="an empty directory"):
+        save_pretrained(model_of("kda"), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
