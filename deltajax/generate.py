@@ -34,7 +34,8 @@ def _main(args: Sequence[str] | None) -> int:
         """Generate text from a model, printed as it comes."""
 
         model: Path
-        """weights that python -m train.export wrote: the safetensors file, or a directory with one"""
+        """weights that python -m train.export wrote: the safetensors file, or a directory with one; or a
+        directory in Hugging Face's form (config.json, safetensors, tokenizer.json)"""
         prompt: tuple[str, ...] = ()
         """text to continue; several are continued together and printed one after another"""
         prompt_file: Path | None = None
@@ -75,6 +76,7 @@ def _generate(options, out: TextIO) -> int:
     import jax
 
     from deltajax.models import load_weights, stream
+    from deltajax.models.huggingface import load_pretrained
 
     for name, least in (("max_tokens", 1), ("max_length", 1), ("prefill_chunk", 1), ("seed", 0)):
         value = getattr(options, name)
@@ -87,7 +89,8 @@ def _generate(options, out: TextIO) -> int:
     prompts = [[*start, *map(int, tokenizer.encode(text.encode(errors="surrogateescape")))] for text in texts]
     if not all(prompts):
         raise CommandError("argument --no-document-start: an empty prompt has no token to continue")
-    model = load_weights(weights, stack_layers=False)
+    load = load_pretrained if weights.is_dir() else load_weights
+    model = load(weights, stack_layers=False)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CommandError(
             f"argument --tokenizer: it has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
@@ -163,7 +166,9 @@ def _prompts(options) -> list[str]:
 
 
 def _weights(path: Path) -> Path:
-    """The file of weights that a path means."""
+    """The file of weights that a path means, or a directory in Hugging Face's form."""
+    from deltajax.models.huggingface import CONFIG
+
     if not path.exists():
         raise CommandError(f"argument --model: no such file or directory: {path}")
     if path.is_dir():
@@ -172,6 +177,8 @@ def _weights(path: Path) -> Path:
                 f"argument --model: {path} is a training run; write its weights first:\n"
                 f"  python -m train.export {path} --out {path.name}.safetensors"
             )
+        if (path / CONFIG).is_file() and not (path / CONFIG).with_suffix(".safetensors").is_file():
+            return path
         found = sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             names = ", ".join(file.name for file in found) or "none"
@@ -184,10 +191,12 @@ def _weights(path: Path) -> Path:
 
 def _tokenizer(weights: Path, given: Path | None, eos_token: str | None) -> "Tokenizer":
     """The tokenizer of the options, or what the weights name."""
+    from deltajax.models.huggingface import eos_token as eos_of
     from deltajax.models.weights import read_about, tokenizer_path
     from deltajax.tokenizer import ByteTokenizer, FileTokenizer
 
-    about = read_about(weights)
+    hub = weights.is_dir()
+    about = {} if hub else read_about(weights)
     if given is not None:
         try:
             return FileTokenizer(given, eos_token)
@@ -195,6 +204,8 @@ def _tokenizer(weights: Path, given: Path | None, eos_token: str | None) -> "Tok
             raise CommandError(f"argument --tokenizer: {error}") from error
     if eos_token is not None:
         raise CommandError("argument --eos-token: goes with --tokenizer")
+    if hub and (weights / "tokenizer.json").is_file():
+        return FileTokenizer(weights / "tokenizer.json", eos_of(weights))
     fingerprint = about.get("tokenizer")
     if fingerprint is None:
         raise CommandError(f"argument --tokenizer: expected a file, as {weights} names no tokenizer")

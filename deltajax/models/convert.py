@@ -1,12 +1,11 @@
 """`python -m deltajax.models.convert SRC DST`: a Hugging Face directory to our file of weights, or back."""
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -82,27 +81,19 @@ def _to_hf(src: Path, dst: Path) -> None:
 
 def _tokenizer(src: Path) -> dict[str, str]:
     """What a file of weights says of its tokenizer; nothing where there is no usable one."""
+    from deltajax.models.huggingface import eos_token
     from deltajax.tokenizer import FileTokenizer
 
     if not (src / "tokenizer.json").is_file():
         print(f"warning: converted without a tokenizer: no tokenizer.json in {src}", file=sys.stderr)
         return {}
-    eos = _eos_token(src)
+    eos = eos_token(src)
     try:
         tokenizer = FileTokenizer(src / "tokenizer.json", eos)
     except ValueError as error:
         print(f"warning: converted without the tokenizer: {error}", file=sys.stderr)
         return {}
     return {"tokenizer": tokenizer.fingerprint} | ({} if eos is None else {"eos_token": eos})
-
-
-def _eos_token(src: Path) -> str | None:
-    """The end of a document, where `tokenizer_config.json` names it."""
-    if not (path := src / "tokenizer_config.json").is_file():
-        return None
-    fields: Any = json.loads(path.read_text())
-    token = fields.get("eos_token") if isinstance(fields, dict) else None
-    return token.get("content") if isinstance(token, dict) else token
 
 
 if __name__ == "__main__":

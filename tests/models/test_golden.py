@@ -1,86 +1,32 @@
-"""The models against flash-linear-attention's own outputs, from its weights (see tests/data/README.md)."""
+"""The models against the references' own outputs, from their checkpoints (see tests/data/README.md)."""
 
 import functools
-import json
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from safetensors.numpy import save_file
 
-from deltajax.models import LanguageModel, ModelConfig, generate
+from deltajax.models import generate
+from deltajax.models.huggingface import load_pretrained
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
-MODELS = {"fla_delta_net": "delta_net", "fla_gated_deltanet": "gated_delta_net", "fla_kda": "kda"}
+MODELS = ("fla_delta_net", "fla_gated_deltanet", "fla_kda")
 # Rounding alone moves the golden logits by up to 3e-5.
 TOLERANCE = dict(rtol=0, atol=1e-4)
-
-
-def config_of(kind: str, c: dict) -> ModelConfig:
-    head_dim = c.get("head_dim", c["hidden_size"] // c["num_heads"])
-    return ModelConfig(
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        num_layers=c["num_hidden_layers"],
-        layer_pattern=(kind,),
-        num_heads=c["num_heads"],
-        num_v_heads=c.get("num_v_heads"),
-        head_dim=head_dim,
-        head_v_dim=int(head_dim * c["expand_v"]),
-        intermediate_size=c["intermediate_size"],
-        norm_eps=c["norm_eps"],
-    )
-
-
-def layer_names(kind: str) -> dict[str, str]:
-    """Parameter of a block, as deltajax names it, to its name in the reference."""
-    names = {f"mixer.{n}_proj.kernel": f"attn.{n}_proj.weight" for n in "qkvbo"}
-    names |= {f"mixer.{n}_conv": f"attn.{n}_conv1d.weight" for n in "qkv"}
-    names |= {f"mlp.{n}_proj.kernel": f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
-    names |= {f"{n}_norm.scale": f"{n}_norm.weight" for n in ("attn", "mlp")}
-    names["mixer.o_norm.scale"] = "attn.o_norm.weight"
-    if kind != "delta_net":
-        names |= {"mixer.A_log": "attn.A_log", "mixer.dt_bias": "attn.dt_bias"}
-    if kind == "gated_delta_net":
-        names |= {f"mixer.{n}_proj.kernel": f"attn.{n}_proj.weight" for n in "ag"}
-    if kind == "kda":
-        names |= {
-            f"mixer.{n}_{x}_proj.kernel": f"attn.{n}_proj.{i}.weight"
-            for n in "fg"
-            for i, x in enumerate("ab")
-        }
-        names["mixer.g_b_proj.bias"] = "attn.g_proj.1.bias"
-    return names
 
 
 @functools.cache
 def load(name: str):
     data = dict(np.load(DATA / f"{name}.npz"))
-    kind = MODELS[name]
-    config = config_of(kind, json.loads(str(data["config"])))
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
     weights = {k.removeprefix("weights/"): v for k, v in data.items() if k.startswith("weights/")}
-    whole = {
-        "embedding": "model.embeddings.weight",
-        "norm.scale": "model.norm.weight",
-        "lm_head": "lm_head.weight",
-    }
-    state = nnx.state(model)
-    for path, param in nnx.to_flat_state(state):
-        key = ".".join(map(str, path))
-        if key in whole:
-            value = weights.pop(whole[key])
-            value = value.T if key == "lm_head" else value
-        else:  # groups.0.blocks.0.<name>, stacked over layers
-            theirs = layer_names(kind)[key.removeprefix("groups.0.blocks.0.")]
-            layers = [weights.pop(f"model.layers.{i}.{theirs}") for i in range(config.num_layers)]
-            value = np.stack([w.T if key.endswith("kernel") else w for w in layers])
-        param[...] = jnp.asarray(value).reshape(param.shape)
-    assert not weights, f"not loaded: {sorted(weights)}"
-    nnx.update(model, state)
-    return model, data
+    with tempfile.TemporaryDirectory() as path:
+        pathlib.Path(path, "config.json").write_text(str(data["config"]))
+        save_file(weights, pathlib.Path(path, "model.safetensors"))
+        return load_pretrained(path), data
 
 
 @pytest.mark.parametrize("name", MODELS)

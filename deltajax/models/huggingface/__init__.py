@@ -1,6 +1,6 @@
 """Checkpoints in Hugging Face's form: flash-linear-attention's models, Kimi Linear, Qwen3-Next."""
 
 from deltajax.models.huggingface.configs import from_hf, to_hf
-from deltajax.models.huggingface.pretrained import load_pretrained, save_pretrained
+from deltajax.models.huggingface.pretrained import CONFIG, eos_token, load_pretrained, save_pretrained
 
-__all__ = ["from_hf", "load_pretrained", "save_pretrained", "to_hf"]
+__all__ = ["CONFIG", "eos_token", "from_hf", "load_pretrained", "save_pretrained", "to_hf"]

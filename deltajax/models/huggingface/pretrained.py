@@ -116,6 +116,19 @@ def read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
+def eos_token(path: Path) -> str | None:
+    """The token that ends a document, where `tokenizer_config.json` names it.
+
+    Raises:
+      ValueError: the file is not JSON.
+    """
+    if not (path / "tokenizer_config.json").is_file():
+        return None
+    fields = json.loads((path / "tokenizer_config.json").read_text())
+    token = fields.get("eos_token") if isinstance(fields, dict) else None
+    return token.get("content") if isinstance(token, dict) else token
+
+
 class _Source(NamedTuple):
     """Where one layer of one of our parameters comes from: tensors (one per expert) and its part of them."""
 

@@ -1,0 +1,76 @@
+"""`python -m deltajax.models.convert`, both ways, and what it says of wrong input."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from deltajax import generate
+from deltajax.models import LanguageModel, convert, load_weights
+from deltajax.models.huggingface import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, request):
+    config = request.getfixturevalue("tiny").replace(num_layers=1, layer_pattern=("kda",))
+    path = tmp_path_factory.mktemp("hf") / "m"
+    save_pretrained(LanguageModel(config, rngs=nnx.Rngs(0)), path)
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[end]": 2}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "[end]"}}))
+    return path
+
+
+def run(capsys, *args):
+    status = convert.main(list(map(str, args)))
+    return status, *capsys.readouterr()
+
+
+def test_there_and_back(checkpoint, tmp_path, capsys):
+    ours, back = tmp_path / "m.safetensors", tmp_path / "back"
+    status, out, err = run(capsys, checkpoint, ours)
+    assert (status, err) == (0, "") and f"--model {ours} --prompt" in out
+    assert load_weights(ours).config.layers == ("kda",)
+    texts = []
+    for model in (ours, checkpoint):
+        assert generate.main(["--model", str(model), "--prompt", "a b", "--max-tokens", "3"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("a b")
+    assert run(capsys, ours, back)[0] == 0
+    assert (back / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    assert (back / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
+    assert (back / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+    again = load_file(back / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, again, load_file(checkpoint / "model.safetensors"))
+
+
+def test_without_a_tokenizer_it_says_so(checkpoint, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((checkpoint / name).read_bytes())
+    status, out, err = run(capsys, bare, tmp_path / "m.safetensors")
+    assert status == 0 and "no tokenizer.json" in err and "--tokenizer FILE" in out
+    (bare / "tokenizer.json").write_text("{}")
+    assert "converted without the tokenizer" in run(capsys, bare, tmp_path / "m.safetensors")[2]
+
+
+def test_wrong_paths_are_named(checkpoint, tmp_path, capsys):
+    ours = tmp_path / "m.safetensors"
+    for args, text in (
+        ((checkpoint, tmp_path / "m"), "must be FILE.safetensors"),
+        ((tmp_path, ours), "no config.json in it"),
+        ((ours, tmp_path / "x"), "no such file of weights"),
+        ((ours, ours), "must be a new directory"),
+    ):
+        status, _, err = run(capsys, *args)
+        assert status == 2 and text in err
+    assert not ours.exists()
+    assert run(capsys, checkpoint, ours)[0] == 0
+    status, _, err = run(capsys, ours, checkpoint)
+    assert status == 2 and "an empty directory" in err
