@@ -290,6 +290,12 @@ def test_versions_name_fields_differently():
         torch_dtype="float32", dtype=None,
     )  # fmt: skip
     assert from_hf(fields) == from_hf(to_hf(CONFIGS["kimi_linear"]))
+    fields["n_routed_experts"] = fields.pop("num_experts")
+    fields["n_shared_experts"] = fields.pop("num_shared_experts")
+    fields["linear_num_key_heads"] = fields.pop("linear_num_heads")
+    fields["linear_key_head_dim"] = fields.pop("linear_head_dim")
+    fields["layer_types"] = ["kda_attention"] * 3 + ["full_attention"]
+    assert from_hf(fields) == from_hf(to_hf(CONFIGS["kimi_linear"]))
     fields = to_hf(CONFIGS["qwen3_next"])
     rope = {name: fields.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
     assert from_hf(fields | {"rope_parameters": rope}) == from_hf(to_hf(CONFIGS["qwen3_next"]))

@@ -45,6 +45,8 @@ def whole(c: Fields, name: str, size: float) -> int:
 def kinds_of(c: Fields, types: list[str], linear: str, full: str) -> tuple[str, ...]:
     """Our layer pattern, of their types of layers."""
     kinds = {"linear_attention": linear, "full_attention": full}
+    if linear == "kda":
+        kinds["kda_attention"] = linear  # as newer versions write
     if len(types) != c.need("num_hidden_layers") or not set(types) <= set(kinds):
         c.fail("layer_types", types, f"one of {', '.join(kinds)} for each of the layers")
     return shortest([kinds[t] for t in types])

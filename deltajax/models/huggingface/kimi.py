@@ -42,8 +42,8 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
         )
     return dict(
         layer_pattern=kinds_of(c, types, "kda", "latent_attention"),
-        num_heads=linear.get("num_heads", default=c.get("linear_num_heads")),
-        head_dim=linear.get("head_dim", default=c.get("linear_head_dim")),
+        num_heads=linear.get("num_heads", default=c.get("linear_num_heads", "linear_num_key_heads")),
+        head_dim=linear.get("head_dim", default=c.get("linear_head_dim", "linear_key_head_dim")),
         conv_size=linear.get("short_conv_kernel_size", default=c.get("linear_conv_kernel_dim", default=4)),
         intermediate_size=c.need("dense_ffn_hidden", "intermediate_size"),
         kda_gate_bias=False,
