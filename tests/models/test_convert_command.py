@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deltajax import generate
-from deltajax.models import LanguageModel, convert, load_weights
+from deltajax.models import abstract_model, convert, load_weights
 from deltajax.models.huggingface import save_pretrained
 
 
@@ -18,7 +18,11 @@ from deltajax.models.huggingface import save_pretrained
 def checkpoint(tmp_path_factory, request):
     config = request.getfixturevalue("tiny").replace(num_layers=1, layer_pattern=("kda",))
     path = tmp_path_factory.mktemp("hf") / "m"
-    save_pretrained(LanguageModel(config, rngs=nnx.Rngs(0)), path)
+    graph, state = nnx.split(abstract_model(config))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), nnx.to_pure_dict(state))
+    nnx.replace_by_pure_dict(state, params)
+    save_pretrained(nnx.merge(graph, state), path)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[end]": 2}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(path / "tokenizer.json"))
