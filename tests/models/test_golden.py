@@ -14,7 +14,9 @@ from deltajax.models import generate
 from deltajax.models.huggingface import load_pretrained
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
-MODELS = ("fla_delta_net", "fla_gated_deltanet", "fla_kda")
+FLA = ("fla_delta_net", "fla_gated_deltanet", "fla_kda")
+HF = ("hf_kimi_linear", "hf_qwen3_next")
+MODELS = (*FLA, *(pytest.param(name, marks=pytest.mark.slow) for name in HF))  # these two compile for long
 # Rounding alone moves the golden logits by up to 3e-5.
 TOLERANCE = dict(rtol=0, atol=1e-4)
 
@@ -29,7 +31,7 @@ def load(name: str):
         return load_pretrained(path), data
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FLA + HF)
 def test_logits_equal_the_reference(name):
     model, data = load(name)
     np.testing.assert_allclose(model(jnp.asarray(data["input_ids"])), data["logits"], **TOLERANCE)

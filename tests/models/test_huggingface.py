@@ -178,6 +178,7 @@ def test_kimi_has_the_published_names_and_the_dense_layer_may_have_the_other(sav
     jax.tree.map(np.testing.assert_array_equal, params_of(back), params_of(model_of("kimi_linear")))
 
 
+@pytest.mark.slow
 def test_each_device_reads_its_part_of_the_checkpoint(tmp_path):
     config = CONFIGS["kimi_linear"].replace(num_experts=4, num_layers=2, layer_pattern=("kda",))
     save_pretrained(drawn_model(config), tmp_path / "m")
