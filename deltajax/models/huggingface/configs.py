@@ -62,6 +62,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         "dtype": config.param_dtype,
+        # Of the tokenizer, and not known here; their defaults may lie outside of the vocabulary.
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
         **write(config, model_type),
     }
     wanted, got = _essence(config), _essence(from_hf(fields))
