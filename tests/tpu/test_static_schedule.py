@@ -210,7 +210,13 @@ class TestPrograms:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", tpu_static.CHECK_TOPOLOGIES)
+@pytest.mark.parametrize(
+    "topology",
+    [
+        tpu_static.CHECK_TOPOLOGIES[0],
+        *(pytest.param(other, marks=pytest.mark.slow) for other in tpu_static.CHECK_TOPOLOGIES[1:]),
+    ],
+)
 def test_the_ops_are_no_worse_than_stored(topology):
     worse, _ = tpu_static.check([topology])
     assert not worse, "\n".join(worse)
