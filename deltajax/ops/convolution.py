@@ -60,6 +60,7 @@ def short_convolution(
         x = jnp.where((segment_ids != 0)[..., None], x, 0)
 
     # padded: [B, W-1+T, D]; reach: [B, W-1+T], a tap reaches tokens of its own token's number
+    runs = None if segment_ids is None else segments.runs(segment_ids)
     reach = None
     if axis_name is not None:
         padded = jnp.concatenate([left_halo(x, W - 1, axis_name), x], axis=1)
@@ -68,13 +69,12 @@ def short_convolution(
             reach = segments.runs(jnp.concatenate([before, segment_ids], axis=1))
     else:
         past = jnp.zeros((B, W - 1, D), x.dtype) if cache is None else cache.astype(x.dtype)
-        if segment_ids is None:
+        if runs is None:
             padded = jnp.concatenate([past, x], axis=1)
         else:  # the past stands just before the first real token
-            padded, reach = _join_rows(past, x, segments.runs(segment_ids))
+            padded, reach = _join_rows(past, x, runs)
 
     if cache is None and axis_name is None:  # nothing stands before x: no copy with the past before it
-        runs = None if segment_ids is None else segments.runs(segment_ids)
         y = apply_taps(given, weight, bias, runs, activation, implementation)
     else:
         y = apply_taps(padded, weight, bias, reach, activation, implementation)[:, W - 1 :]

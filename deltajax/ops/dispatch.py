@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from deltajax.ops import chunked, pallas_gpu, pallas_tpu, scan
 from deltajax.ops.problem import Inputs, Options, vary_alike
-from deltajax.ops.refusal import refuse
+from deltajax.ops.refusal import refuse, supporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +63,8 @@ def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[A
             f"implementation must be 'pallas', 'chunked', 'scan' or None, got {implementation!r}"
         )
     reasons = {platform: kernel.unsupported(inputs, options) for platform, kernel in PALLAS.items()}
-    platforms = tuple(sorted(p for p, reason in reasons.items() if reason is None))
-    if implementation == "pallas":
-        if not platforms:
-            why = "; ".join(f"{p}: {reason}" for p, reason in reasons.items()) or "no platform has one yet"
-            raise NotImplementedError(f"implementation='pallas' has no kernel for this call ({why})")
-        return _op(inputs, options, platforms, False)
-    return _op(inputs, options, platforms, True)
+    asked = implementation == "pallas"
+    return _op(inputs, options, supporting(reasons, asked=asked, what="call"), not asked)
 
 
 _scan = jax.jit(scan.forward, static_argnums=1)
@@ -130,9 +125,8 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
         return branch(None)(inputs, *args)
     default = branch(None)
     if not fall_back:
-        message = f"implementation='pallas' has a kernel for this call on {', '.join(platforms)} only"
         default = lambda inputs, *args: branch(None)(  # noqa: E731
-            inputs._replace(q=refuse(inputs.q, message)), *args
+            inputs._replace(q=refuse(inputs.q, platforms, "call")), *args
         )
     return lax.platform_dependent(inputs, *args, default=default, **{p: branch(p) for p in platforms})
 

@@ -1,4 +1,6 @@
-"""A branch for platforms that a program must not be lowered for: lowering it is an error."""
+"""What becomes of a call for which kernels were asked: platforms that have one, errors for the others."""
+
+from collections.abc import Mapping
 
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -9,8 +11,27 @@ _refuse.def_abstract_eval(lambda x, message: x)
 batching.defvectorized(_refuse)
 
 
-def refuse(x: Array, message: str) -> Array:
-    """x; lowering it raises NotImplementedError with this message."""
+def supporting(reasons: Mapping[str, str | None], *, asked: bool, what: str) -> tuple[str, ...]:
+    """The platforms whose kernels take a call.
+
+    Args:
+      reasons: by platform, why its kernel does not take the call, or None if it does.
+      asked: whether `implementation="pallas"` was.
+      what: "call" or "step", for the error.
+
+    Raises:
+      NotImplementedError: kernels were asked for and none takes the call.
+    """
+    platforms = tuple(sorted(platform for platform, reason in reasons.items() if reason is None))
+    if asked and not platforms:
+        why = "; ".join(f"{p}: {reason}" for p, reason in reasons.items()) or "no platform has one yet"
+        raise NotImplementedError(f"implementation='pallas' has no kernel for this {what} ({why})")
+    return platforms
+
+
+def refuse(x: Array, platforms: tuple[str, ...], what: str) -> Array:
+    """x; lowering it is an error that names the platforms with kernels: a branch for all others."""
+    message = f"implementation='pallas' has a kernel for this {what} on {', '.join(platforms)} only"
     return _refuse.bind(x, message=message)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from deltajax.ops import checks, gates, step_kernels
 from deltajax.ops.gates import Gate
 from deltajax.ops.problem import l2_normalize, vary_alike
-from deltajax.ops.refusal import refuse
+from deltajax.ops.refusal import refuse, supporting
 from deltajax.ops.scan import decay_of, delta_update
 from deltajax.ops.step_kernels import StepInputs, StepOptions
 
@@ -67,10 +67,8 @@ def delta_rule_step(
         return _plain(inputs, options)
     if implementation not in ("pallas", None):
         raise ValueError(f"implementation must be 'pallas', 'scan' or None, got {implementation!r}")
-    platforms, reasons = step_kernels.applied(step_kernels.STEP_KERNELS, inputs)
-    if implementation == "pallas" and not platforms:
-        why = "; ".join(f"{p}: {reason}" for p, reason in reasons.items()) or "no platform has one"
-        raise NotImplementedError(f"implementation='pallas' has no kernel for this step ({why})")
+    reasons = {p: kernel.unsupported(inputs) for p, kernel in step_kernels.STEP_KERNELS.items()}
+    platforms = supporting(reasons, asked=implementation == "pallas", what="step")
     return _step(inputs, options, platforms, implementation is None)
 
 
@@ -105,8 +103,7 @@ def _by_platform(
 
     def plain(inputs):
         if not fall_back:
-            message = f"implementation='pallas' has a kernel for this step on {', '.join(platforms)} only"
-            inputs = inputs._replace(q=refuse(inputs.q, message))
+            inputs = inputs._replace(q=refuse(inputs.q, platforms, "step"))
         return _plain(inputs, options)
 
     if not platforms:

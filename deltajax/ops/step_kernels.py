@@ -99,12 +99,6 @@ STEP_KERNELS: Mapping[str, StepKernel] = {
 }
 
 
-def applied(kernels: Mapping[str, StepKernel], inputs: StepInputs) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The platforms whose kernels take a call, and why the others do not."""
-    reasons = {platform: kernel.unsupported(inputs) for platform, kernel in kernels.items()}
-    return tuple(sorted(p for p, why in reasons.items() if why is None)), reasons
-
-
 def vmapped_as_one(
     run: Callable[[StepInputs], tuple[Array, Array]],
 ) -> Callable[[StepInputs], tuple[Array, Array]]:

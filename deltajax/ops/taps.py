@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from deltajax.ops import taps_gpu
 from deltajax.ops.problem import vary_alike
-from deltajax.ops.refusal import refuse
+from deltajax.ops.refusal import refuse, supporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +57,7 @@ def apply_taps(
     platforms: tuple[str, ...] = ()
     if implementation != "xla":
         reasons = {platform: kernel.unsupported(x, weight) for platform, kernel in KERNELS.items()}
-        platforms = tuple(platform for platform, reason in reasons.items() if reason is None)
-        if implementation == "pallas" and not platforms:
-            why = "; ".join(f"{platform}: {reason}" for platform, reason in reasons.items())
-            raise NotImplementedError(f"implementation='pallas' has no kernel for this call ({why})")
+        platforms = supporting(reasons, asked=implementation == "pallas", what="call")
     choice = (activation, platforms, implementation != "pallas")
     return _taps(choice, *vary_alike(x, weight, bias, counts))
 
@@ -144,8 +141,7 @@ def _choose(half: str, choice: tuple, x: Array, *args) -> Any:
         return branch(by_xla)(x, *args)
     default = branch(by_xla)
     if not fall_back:
-        message = f"implementation='pallas' has a kernel for this call on {', '.join(platforms)} only"
-        default = lambda x, *args: branch(by_xla)(refuse(x, message), *args)  # noqa: E731
+        default = lambda x, *args: branch(by_xla)(refuse(x, platforms, "call"), *args)  # noqa: E731
     kernels = {p: branch(getattr(KERNELS[p], half)) for p in platforms}
     return lax.platform_dependent(x, *args, default=default, **kernels)
 
