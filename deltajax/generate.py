@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from deltajax.command import with_packages
+
 if TYPE_CHECKING:
     from deltajax.tokenizer import Tokenizer
 
@@ -16,13 +18,7 @@ class CommandError(ValueError):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Parses options, generates, and returns the exit status; wrong options or files give 2."""
-    try:
-        return _main(args)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("tokenizers", "tyro"):
-            raise
-        print(f"error: no package {error.name}: pip install 'deltajax[generate]'", file=sys.stderr)
-        return 2
+    return with_packages(lambda: _main(args), "deltajax[generate]", ("tokenizers", "tyro"))
 
 
 def _main(args: Sequence[str] | None) -> int:

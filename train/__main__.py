@@ -4,6 +4,8 @@ import logging
 import sys
 from collections.abc import Callable
 
+from deltajax import command
+
 # What the extra `deltajax[train]` brings beyond the layers.
 _TRAIN_PACKAGES = {
     "array_record",
@@ -23,15 +25,9 @@ def main(args: list[str] | None = None) -> int:
     return with_packages(lambda: _main(args))
 
 
-def with_packages(command: Callable[[], int]) -> int:
+def with_packages(run: Callable[[], int]) -> int:
     """Runs a command that needs the extra's packages; says which to install where one is missing."""
-    try:
-        return command()
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _TRAIN_PACKAGES:
-            raise
-        print(f"error: no package {error.name}: pip install 'deltajax[train]'", file=sys.stderr)
-        return 2
+    return command.with_packages(run, "deltajax[train]", _TRAIN_PACKAGES)
 
 
 def _main(args: list[str] | None) -> int:
