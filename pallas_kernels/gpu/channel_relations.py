@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import rowwise, tiles
-from pallas_kernels.gpu.channel_decay import across_border, token_decays, tokens_in_line
+from pallas_kernels.gpu.channel_decay import PRESENT, across_border, token_decays, tokens_in_line
 from pallas_kernels.gpu.inverse import unit_lower_inverse
 from pallas_kernels.gpu.tiles import (
     CHUNK,
@@ -129,7 +129,9 @@ def channel_relations(
         kernel_name="channel_relations",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    queries, reads, keys, solve, p, decay = kernel(q, k, g, tokens, *(() if gate is None else (gate,)))
+    plain = jnp.all(tokens[:, :, :, 1] == PRESENT, axis=-1).astype(jnp.int32)  # [B, HV, NC]
+    given = (*(() if all_present else (plain,)), *(() if gate is None else (gate,)))
+    queries, reads, keys, solve, p, decay = kernel(q, k, g, tokens, *given)
     return queries, reads, keys, solve, p, decay.reshape(B, HV, NC, K)
 
 
@@ -163,6 +165,7 @@ def _body(
     scale,
     gate_tile=None,
 ):
+    plain_ref = None if all_present else refs[0]
     queries_ref, reads_ref, keys_ref, solve_ref, p_ref, decay_ref = refs[-6:]
     (q_raw, q_tile), (k_raw, k_tile) = q_tile, k_tile
     (x_tile, y_tile), near_tile = x_tile
@@ -172,7 +175,7 @@ def _body(
     square = (CHUNK, CHUNK)
     plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile, g_loaded)
     if gate_tile is not None:
-        plgpu.copy_gmem_to_smem(refs[0].at[h], gate_tile, g_loaded)
+        plgpu.copy_gmem_to_smem(refs[-7].at[h], gate_tile, g_loaded)
     halves_of_k = [pl.ds(half * HALF, HALF) for half in range(halves)]
     for half, channels in enumerate(halves_of_k):
         plgpu.copy_gmem_to_smem(g_ref.at[b, here, h, channels], g_raw[half], g_loaded)
@@ -271,15 +274,23 @@ def _body(
     def add_far(s, near):
         return tuple(jnp.where(meet < NEAR, a, b) for a, b in zip(near, normalised(relate(s)), strict=True))
 
-    if normalize and all_present and lower_bound is not None and lower_bound >= MERGEABLE:
+    def merged():
         near = relate_near(0, None)
         for half in range(1, halves):
             near = relate_near(half, near)
         # A loop of one turn whose level the compiler does not know: if it did, it would spill.
-        kk, qk = lax.fori_loop(5 + zero_tile[0], 6, add_far, tuple(near))
-    else:
+        return tuple(lax.fori_loop(5 + zero_tile[0], 6, add_far, tuple(near)))
+
+    def by_levels():
         nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
-        kk, qk = normalised(lax.fori_loop(0, 6, add_level, (nothing, nothing)))
+        return tuple(normalised(lax.fori_loop(0, 6, add_level, (nothing, nothing))))
+
+    if not normalize or lower_bound is None or lower_bound < MERGEABLE:
+        kk, qk = by_levels()
+    elif plain_ref is None:
+        kk, qk = merged()
+    else:  # a reset decays by more than such factors can hold
+        kk, qk = lax.cond(plain_ref[b, h, c] != 0, merged, by_levels)
     qk = jnp.where(row == column, rows(total(own_sums) * n * m, square), qk)
     plgpu.commit_smem()
     x_tile[-1][...] = jnp.where(column <= row, qk, 0.0).astype(jnp.float16)

@@ -118,25 +118,31 @@ def test_interpreted_backward_in_runs(case, monkeypatch):
     check_interpreted_backward(case, monkeypatch)
 
 
-def test_interpreted_kernels_at_a_gates_bound(monkeypatch):
+@pytest.mark.parametrize("packed", (False, True))
+def test_interpreted_kernels_at_a_gates_bound(packed, monkeypatch):
     """Channels that all tokens decay by e^-5, others that they hardly do: the widest range of decays."""
     rng = np.random.default_rng(cases.SEED)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, 128, 1, 64)), jnp.bfloat16) for _ in range(3))
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 192, 1, 64)), jnp.bfloat16) for _ in range(3))
     q, k = q * 30, k / 1000
-    g = jnp.asarray(rng.choice([-40.0, 0.0, 40.0], size=64), jnp.float32) + jnp.zeros((1, 128, 1, 64))
-    beta = jnp.ones((1, 128, 1))
+    g = jnp.asarray(rng.choice([-40.0, 0.0, 40.0], size=64), jnp.float32) + jnp.zeros((1, 192, 1, 64))
+    beta = jnp.ones((1, 192, 1))
     gate = ops.Gate(jnp.zeros(1), None, lower_bound=-5.0)
     call = dict(q=q, k=k, v=v, g=g, beta=beta)
+    # The second of three chunks has a reset and padding.
+    ids = jnp.repeat(jnp.array([[1, 0, 2]]), jnp.array([70, 3, 119]), axis=1) if packed else None
     exact = ops.kimi_delta_attention(
         **jax.tree.map(lambda x: x.astype(jnp.float32), call),
         gate=gate,
         normalize_qk=True,
+        segment_ids=ids,
         implementation="scan",
     )
     interpreted_products(monkeypatch)
     monkeypatch.setattr(dispatch, "PALLAS", {"cpu": KERNEL})
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        got = ops.kimi_delta_attention(**call, gate=gate, normalize_qk=True, implementation="pallas")
+        got = ops.kimi_delta_attention(
+            **call, gate=gate, normalize_qk=True, segment_ids=ids, implementation="pallas"
+        )
     for a, b in zip(got, exact, strict=True):
         assert cases.relative_error(a, b) < 5e-3
 
