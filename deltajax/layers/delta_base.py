@@ -162,6 +162,7 @@ class DeltaLayer(nnx.Module):
                 self._packed_recurrence if packed else self._recurrence,
                 arrays,
                 normalize_qk=True,
+                padding_is_zero=True,  # the convolutions leave 0 there
                 chunk_size=self.chunk_size,
                 implementation=self.implementation,
             )

@@ -23,6 +23,7 @@ def delta_rule(
     initial_state: State | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     num_segments: int | None = None,
+    padding_is_zero: bool = False,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     axis_name: str | None = None,
@@ -44,6 +45,8 @@ def delta_rule(
         id 0 is padding: it outputs 0 and leaves the state alone.
       num_segments: static N. Ids are then 1..N in each row, each segment's tokens stand together, and
         final_state holds every segment's own state (its initial state where a segment has no token).
+      padding_is_zero: the caller's promise that q, k and v are 0 at padding, as `short_convolution` leaves
+        them: kernels then need no copies with zeros there, and gradients at padding may be anything.
       chunk_size: static power of two >= 16; None lets the implementation choose.
       implementation: "scan" (the recurrence, differentiated by JAX), "chunked" (plain JAX on any platform),
         "pallas" (raises if no kernel supports the call), or None: the fastest that supports the call on
@@ -77,6 +80,7 @@ def delta_rule(
         initial_state=initial_state,
         segment_ids=segment_ids,
         num_segments=num_segments,
+        padding_is_zero=padding_is_zero,
         chunk_size=chunk_size,
         implementation=implementation,
         axis_name=axis_name,
@@ -96,6 +100,7 @@ def gated_delta_rule(
     initial_state: State | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     num_segments: int | None = None,
+    padding_is_zero: bool = False,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     axis_name: str | None = None,
@@ -123,6 +128,7 @@ def gated_delta_rule(
         initial_state=initial_state,
         segment_ids=segment_ids,
         num_segments=num_segments,
+        padding_is_zero=padding_is_zero,
         chunk_size=chunk_size,
         implementation=implementation,
         axis_name=axis_name,
@@ -142,6 +148,7 @@ def kimi_delta_attention(
     initial_state: State | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     num_segments: int | None = None,
+    padding_is_zero: bool = False,
     chunk_size: int | None = None,
     implementation: Implementation | None = None,
     axis_name: str | None = None,
@@ -169,6 +176,7 @@ def kimi_delta_attention(
         initial_state=initial_state,
         segment_ids=segment_ids,
         num_segments=num_segments,
+        padding_is_zero=padding_is_zero,
         chunk_size=chunk_size,
         implementation=implementation,
         axis_name=axis_name,
@@ -189,6 +197,7 @@ def _run(
     initial_state: Any,
     segment_ids: Any,
     num_segments: int | None,
+    padding_is_zero: bool,
     chunk_size: int | None,
     implementation: Implementation | None,
     axis_name: str | None,
@@ -224,6 +233,7 @@ def _run(
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         normalize_qk=bool(normalize_qk),
         num_segments=num_segments,
+        padding_is_zero=bool(padding_is_zero),
         chunk_size=chunk_size,
     )
 

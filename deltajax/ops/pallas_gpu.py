@@ -118,7 +118,9 @@ def _call(inputs: Inputs, options: Options) -> tuple[Any, ...]:
         def keep(x):
             return jnp.where((ids != 0).reshape(ids.shape + (1,) * (x.ndim - 2)), x, 0)
 
-        q, k, v, beta = keep(q), keep(k), keep(v), keep(beta)
+        beta = keep(beta)
+        if not options.padding_is_zero:
+            q, k, v = keep(q), keep(k), keep(v)
         reset = jnp.broadcast_to(segments.resets(ids)[..., None], beta.shape)
 
     q, k, v = _pad(q, HEAD_SIZES), _pad(k, HEAD_SIZES), _pad(v, None)

@@ -36,6 +36,7 @@ class Options:
     normalize_qk: bool
     num_segments: int | None
     chunk_size: int | None
+    padding_is_zero: bool = False
 
 
 class Tokens(NamedTuple):

@@ -5,6 +5,8 @@ gathered from shared memory are replaced by their meaning here; `python -m bench
 real ones on a card. Everything else of the kernels runs: copies, barriers, indices, masks, decays.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,9 +129,11 @@ def test_interpreted_kernels_at_a_gates_bound(packed, monkeypatch):
     g = jnp.asarray(rng.choice([-40.0, 0.0, 40.0], size=64), jnp.float32) + jnp.zeros((1, 192, 1, 64))
     beta = jnp.ones((1, 192, 1))
     gate = ops.Gate(jnp.zeros(1), None, lower_bound=-5.0)
-    call = dict(q=q, k=k, v=v, g=g, beta=beta)
     # The second of three chunks has a reset and padding.
     ids = jnp.repeat(jnp.array([[1, 0, 2]]), jnp.array([70, 3, 119]), axis=1) if packed else None
+    call = dict(q=q, k=k, v=v, g=g, beta=beta)
+    if ids is not None:
+        call = jax.tree.map(lambda x: jnp.where((ids == 0).reshape(1, 192, *[1] * (x.ndim - 2)), 0, x), call)
     exact = ops.kimi_delta_attention(
         **jax.tree.map(lambda x: x.astype(jnp.float32), call),
         gate=gate,
@@ -141,10 +145,35 @@ def test_interpreted_kernels_at_a_gates_bound(packed, monkeypatch):
     monkeypatch.setattr(dispatch, "PALLAS", {"cpu": KERNEL})
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         got = ops.kimi_delta_attention(
-            **call, gate=gate, normalize_qk=True, segment_ids=ids, implementation="pallas"
+            **call,
+            gate=gate,
+            normalize_qk=True,
+            segment_ids=ids,
+            padding_is_zero=packed,
+            implementation="pallas",
         )
     for a, b in zip(got, exact, strict=True):
         assert cases.relative_error(a, b) < 5e-3
+
+
+@pytest.mark.parametrize("gated", (False, True))
+def test_zeros_at_padding_need_no_masked_copies(gated):
+    """A gradient's program for CUDA selects among q, k and v only where zeros were not promised."""
+    x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    beta, ids = jax.ShapeDtypeStruct((1, 128, 2), jnp.float32), jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def program(padding_is_zero):
+        def total(q, k, v, g, beta, ids):
+            options = dict(segment_ids=ids, padding_is_zero=padding_is_zero, implementation="pallas")
+            op = partial(ops.gated_delta_rule, g=g) if gated else ops.delta_rule
+            return op(q=q, k=k, v=v, beta=beta, **options)[0].astype(jnp.float32).sum()
+
+        traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(x, x, x, beta, beta, ids)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return sum("stablehlo.select" in line and "1x128x2x64xbf16" in line for line in text.splitlines())
+
+    assert program(False) > 0
+    assert program(True) == 0
 
 
 def check_interpreted_backward(case, monkeypatch):
