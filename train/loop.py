@@ -21,7 +21,7 @@ from train.guard import StopRequest, only_run_in, stop_on_signals
 from train.mesh import ShardingRules, data_group, global_batch, mesh_of
 from train.mixture import Data, load_data
 from train.model_state import ModelState, model_state
-from train.objective import batch_loss_sum
+from train.objective import Objective, next_token
 from train.optimizer import make_optimizer, make_schedule, state_layout
 from train.processes import Processes
 from train.recorder import Recorder
@@ -121,7 +121,7 @@ class Run:
         rows = self.config.data.batch_size // self.config.optimizer.accumulate
         ids = jax.ShapeDtypeStruct((rows, self.config.data.seq_len), jnp.int32)
         batch = dict.fromkeys(("tokens", "targets", "segment_ids"), ids)
-        loss = jax.jit(lambda params, batch: batch_loss_sum(self.model.model(params), batch))
+        loss = jax.jit(lambda params, batch: self.objective(self.model.model(params), batch))
         if self.model.config.implementation == "pallas":  # refuses a device only when lowered for it
             loss.lower(self.model.abstract, batch)
         else:
@@ -235,7 +235,7 @@ class Run:
             self.model.mesh,
             self.rules,
             config.optimizer.accumulate,
-            config.loss.z_loss,
+            self.objective,
             config.optimizer.balance_rate,
         )
         path = self.directory / "metrics.jsonl" if self.processes.index == 0 else None
@@ -335,6 +335,11 @@ class Run:
     def data_group(self) -> tuple[int, int]:
         """Which share of the rows this process reads, of how many."""
         return data_group(self.model.mesh, self.rules)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return next_token(self.config.loss.z_loss)
 
     @cached_property
     def schedule(self) -> Any:

@@ -1,4 +1,7 @@
-"""Next-token cross entropy, in float32, as a sum and a count so that parts of a batch add up exactly."""
+"""Objectives: sums over a batch and what they count, so that parts of a batch add up exactly."""
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +10,17 @@ from jaxtyping import Array, Float
 from deltajax.layers import linear_cross_entropy
 from deltajax.models import LanguageModel
 
+# float32 scalars of a batch. "count" is what the summed loss is divided by, "tokens" how many tokens were
+# worked on; any others are sums of what is reported beside the loss, divided by the count too.
+Sums = dict[str, jax.Array]
+# (model, batch of arrays [B, T]) -> (summed loss, sums)
+Objective = Callable[[LanguageModel, dict[str, jax.Array]], tuple[jax.Array, Sums]]
+
 
 def batch_loss_sum(
     model: LanguageModel, batch: dict[str, jax.Array], z_loss: float = 0.0
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Loss of a packed batch; padding does not count.
+    """Next-token cross entropy of a packed batch, in float32; padding does not count.
 
     Args:
         model: the language model.
@@ -25,3 +34,13 @@ def batch_loss_sum(
     mask = batch["segment_ids"] > 0
     total = linear_cross_entropy(hidden, model.head_kernel(), batch["targets"], mask, z_loss=z_loss)
     return total, jnp.sum(mask, dtype=jnp.float32)
+
+
+def next_token(z_loss: float = 0.0) -> Objective:
+    """`batch_loss_sum` as an objective."""
+    return partial(_next_token, z_loss=z_loss)
+
+
+def _next_token(model: LanguageModel, batch: dict[str, jax.Array], z_loss: float) -> tuple[jax.Array, Sums]:
+    total, count = batch_loss_sum(model, batch, z_loss)
+    return total, {"count": count, "tokens": count}

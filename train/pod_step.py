@@ -14,6 +14,7 @@ from train import program, tpu_aot
 from train.config import OptimizerConfig
 from train.mesh import ShardingRules
 from train.model_state import ModelState, model_state
+from train.objective import next_token
 from train.optimizer import make_optimizer, make_schedule
 from train.program import Traffic
 from train.step import make_train_step
@@ -121,7 +122,7 @@ def compile_step(
         mesh,
         rules,
         optimizer_config.accumulate,
-        z_loss,
+        next_token(z_loss),
         optimizer_config.balance_rate,
     )
     tokens = jax.ShapeDtypeStruct((batch, seq_len), jnp.int32, sharding=rules.tokens(mesh))

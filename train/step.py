@@ -12,7 +12,7 @@ from deltajax.models import LanguageModel, gate_statistics
 from train.balance import balanced, without_loads
 from train.groups import group_norms
 from train.mesh import ShardingRules
-from train.objective import batch_loss_sum
+from train.objective import Objective, Sums, next_token
 
 Params = Any  # nested dict of float32 arrays
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids: int32 [B, T]
@@ -33,9 +33,10 @@ class StepMetrics(NamedTuple):
     loss: jax.Array  # float32, nats per token, z-loss included
     grad_norm: jax.Array  # float32, before clipping
     learning_rate: jax.Array  # float32
-    tokens: jax.Array  # float32, targets that counted
+    tokens: jax.Array  # float32, tokens that were worked on
     ok: jax.Array  # bool, False from the first step whose loss or gradient was not finite
     group_norms: dict[str, jax.Array]  # float32, gradient norms before clipping, see `train.groups`
+    means: dict[str, jax.Array]  # float32, what an objective reports beside its loss
 
 
 def micro_batches(batch: Batch, parts: int, mesh: Mesh, rules: ShardingRules) -> Batch:
@@ -61,30 +62,46 @@ def loss_and_grads(
     rules: ShardingRules,
     z_loss: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, Params]:
-    """Mean loss, number of targets and gradients of a batch, computed in `parts` micro-batches.
+    """Mean next-token loss, number of targets and gradients of a batch, see `sums_and_grads`."""
+    objective = next_token(z_loss)
+    loss, sums, grads = sums_and_grads(build, params, batch, parts, mesh, rules, objective)
+    return loss, sums["count"], grads
 
-    Sums of losses and of their gradients are accumulated in float32 and divided by the batch's number of
-    targets once, so micro-batches of unequal length weigh what they should.
+
+def sums_and_grads(
+    build: Build,
+    params: Params,
+    batch: Batch,
+    parts: int,
+    mesh: Mesh,
+    rules: ShardingRules,
+    objective: Objective,
+) -> tuple[jax.Array, Sums, Params]:
+    """Mean loss, an objective's sums and gradients of a batch, computed in `parts` micro-batches.
+
+    Sums of losses and of their gradients are accumulated in float32 and divided by the batch's count once,
+    so micro-batches of unequal length weigh what they should.
     """
 
     def loss_sum(params, batch):  # the sum, not the mean
         with rules.shard_ops(mesh):
-            return batch_loss_sum(build(params), batch, z_loss)
+            return objective(build(params), batch)
 
     value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
     if parts == 1:
-        (loss, count), grads = value_and_grad(params, batch)
+        (loss, sums), grads = value_and_grad(params, batch)
     else:
 
         def accumulate(carry, micro):
-            (loss, count), grads = value_and_grad(params, micro)
-            return jax.tree.map(jnp.add, carry, (loss, count, grads)), None
+            (loss, sums), grads = value_and_grad(params, micro)
+            return jax.tree.map(jnp.add, carry, (loss, sums, grads)), None
 
-        zero = jnp.zeros((), jnp.float32)
-        start = (zero, zero, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-        (loss, count, grads), _ = jax.lax.scan(accumulate, start, micro_batches(batch, parts, mesh, rules))
-    scale = 1.0 / jnp.maximum(count, 1.0)
-    return loss * scale, count, jax.tree.map(lambda g: g * scale, grads)
+        micro = micro_batches(batch, parts, mesh, rules)
+        shapes = jax.eval_shape(loss_sum, params, jax.tree.map(lambda x: x[0], micro))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (*shapes, params))
+        (loss, sums, grads), _ = jax.lax.scan(accumulate, zero, micro)
+    scale = 1.0 / jnp.maximum(sums["count"], 1.0)
+    return loss * scale, sums, jax.tree.map(lambda g: g * scale, grads)
 
 
 def make_train_step(
@@ -95,17 +112,19 @@ def make_train_step(
     mesh: Mesh,
     rules: ShardingRules,
     accumulate: int = 1,
-    z_loss: float = 0.0,
+    objective: Objective | None = None,
     balance_rate: float = 0.0,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]:
     """Builds the jitted `train_step(state, batch, ok) -> (state, metrics)`; the state is donated.
 
     `ok` is the previous step's flag. Once a loss or a gradient is not finite, the step and all after it
     hand the state through untouched: the host may look a step late and still finds the state that failed.
+    The objective is the next token's cross entropy by default.
     """
+    chosen = next_token() if objective is None else objective
 
     def train_step(state: TrainState, batch: Batch, ok: jax.Array) -> tuple[TrainState, StepMetrics]:
-        loss, count, found = loss_and_grads(build, state.params, batch, accumulate, mesh, rules, z_loss)
+        loss, sums, found = sums_and_grads(build, state.params, batch, accumulate, mesh, rules, chosen)
         grads = without_loads(found)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -114,7 +133,10 @@ def make_train_step(
         ok = ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        return new, StepMetrics(loss, grad_norm, learning_rate, count, ok, group_norms(grads))
+        scale = 1.0 / jnp.maximum(sums["count"], 1.0)
+        means = {name: x * scale for name, x in sums.items() if name not in ("count", "tokens")}
+        norms = group_norms(grads)
+        return new, StepMetrics(loss, grad_norm, learning_rate, sums["tokens"], ok, norms, means)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -129,16 +151,29 @@ def make_eval_step(
     build: Build, param_shardings: Params, mesh: Mesh, rules: ShardingRules
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """Builds the jitted `eval_step(params, batch) -> (summed loss in nats, number of targets)`."""
-    replicated = NamedSharding(mesh, PartitionSpec())
+    sums_step = make_sums_step(build, param_shardings, mesh, rules, next_token())
 
     def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        total, sums = sums_step(params, batch)
+        return total, sums["count"]
+
+    return eval_step
+
+
+def make_sums_step(
+    build: Build, param_shardings: Params, mesh: Mesh, rules: ShardingRules, objective: Objective
+) -> Callable[[Params, Batch], tuple[jax.Array, Sums]]:
+    """Builds the jitted `sums_step(params, batch) -> (summed loss, sums)`, an objective without gradients."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def sums_step(params: Params, batch: Batch) -> tuple[jax.Array, Sums]:
         with rules.shard_ops(mesh):
-            return batch_loss_sum(build(params), batch)
+            return objective(build(params), batch)
 
     return jax.jit(
-        eval_step,
+        sums_step,
         in_shardings=(param_shardings, rules.tokens(mesh)),
-        out_shardings=(replicated, replicated),
+        out_shardings=replicated,
     )
 
 
