@@ -50,6 +50,8 @@ def _main(args: Sequence[str] | None) -> int:
 def _evaluate(options, processes: "Processes") -> int:
     import math
 
+    import jax
+
     from train.config import ConfigError
     from train.evaluation import Evaluation
     from train.mesh import ShardingRules, mesh_of
@@ -88,7 +90,8 @@ def _evaluate(options, processes: "Processes") -> int:
     evaluation = Evaluation(
         model, rules, held_out, seq_len=config.data.seq_len, batch_size=batch_size, max_batches=batches
     )
-    loss = evaluation.loss(saved.params(model.abstract_params()))
+    with jax.set_mesh(mesh):
+        loss = evaluation.loss(saved.params(model.abstract_params()))
     if processes.index == 0:
         print(
             f"step {saved.step}: eval loss {evaluation.units(loss)}, perplexity {math.exp(loss):.3f} over "

@@ -140,7 +140,7 @@ class Run:
             prefetch=self.config.data.prefetch,
         )
         try:
-            with stop_on_signals() as stop:
+            with stop_on_signals() as stop, jax.set_mesh(self.model.mesh):
                 return self._go(checkpoints, data, stop)
         except NonFiniteError as error:
             where = save_failure(self.directory / "failure", error)

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deltajax.models import LanguageModel, ModelConfig
+from deltajax.models import LanguageModel, ModelConfig, abstract_model
 from train.mesh import ShardingRules
 from train.optimizer import state_shardings
 from train.step import Params, TrainState
@@ -90,7 +90,7 @@ def model_state(config: ModelConfig, mesh: Mesh, rules: ShardingRules) -> ModelS
         NotImplementedError: a model with state besides its parameters.
     """
     rules.check_model(config, mesh)
-    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    model = abstract_model(config)
     graph, state, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]  # flax types the filters
     if jax.tree.leaves(rest):
         raise NotImplementedError(f"model state besides parameters: {nnx.to_pure_dict(rest)}")

@@ -1,8 +1,8 @@
 """Language models over any pattern of delta-rule and attention layers."""
 
+from deltajax.models.abstract import abstract_model
 from deltajax.models.config import ModelConfig
 from deltajax.models.counting import (
-    abstract_model,
     count_active_parameters,
     count_parameters,
     flops_per_token,

@@ -5,13 +5,8 @@ import math
 import jax
 from flax import nnx
 
+from deltajax.models.abstract import abstract_model
 from deltajax.models.config import DELTA_MIXERS, ModelConfig
-from deltajax.models.language_model import LanguageModel
-
-
-def abstract_model(config: ModelConfig) -> LanguageModel:
-    """The model with `jax.ShapeDtypeStruct` parameters."""
-    return nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
 
 
 def count_parameters(config: ModelConfig) -> int:

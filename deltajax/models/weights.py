@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from deltajax.models.abstract import abstract_model
 from deltajax.models.config import ModelConfig
 from deltajax.models.groups import layer_groups
 from deltajax.models.language_model import LanguageModel
@@ -62,7 +63,7 @@ def load_weights(path: str | Path, **changes: Any) -> LanguageModel:
     """
     path = Path(path)
     config = read_config(path).replace(**changes)
-    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    model = abstract_model(config)
     graph, state = nnx.split(model)
     abstract, loaded = nnx.to_pure_dict(state), {}
     with _opened(path) as file:

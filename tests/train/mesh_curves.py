@@ -89,17 +89,19 @@ def curve(config, sizes, steps, rows, seq_len):
     options = OptimizerConfig(warmup_steps=4)
     schedule = make_schedule(options, steps)
     optimizer = make_optimizer(options, schedule, model.logical_axes)
-    state = model.init_train_state(optimizer, seed=0)
     shardings = jax.tree.map(lambda x: x.sharding, model.abstract_train_state(optimizer))
     step = make_train_step(model.model, optimizer, schedule, shardings, mesh, rules)
-    ok, losses, compiled = jnp.ones((), bool), [], None
-    for batch in batches(steps, rows, seq_len, config.vocab_size):
-        batch = global_batch(batch, mesh, rules)
-        compiled = compiled or step.lower(state, batch, ok).compile()
-        state, metrics = compiled(state, batch, ok)
-        ok = metrics.ok
-        losses.append(float(metrics.loss))
-    total, count = make_eval_step(model.model, model.shardings, mesh, rules)(state.params, batch)
+    evaluate = make_eval_step(model.model, model.shardings, mesh, rules)
+    with jax.set_mesh(mesh):  # as the trainer does
+        state = model.init_train_state(optimizer, seed=0)
+        ok, losses, compiled = jnp.ones((), bool), [], None
+        for batch in batches(steps, rows, seq_len, config.vocab_size):
+            batch = global_batch(batch, mesh, rules)
+            compiled = compiled or step.lower(state, batch, ok).compile()
+            state, metrics = compiled(state, batch, ok)
+            ok = metrics.ok
+            losses.append(float(metrics.loss))
+        total, count = evaluate(state.params, batch)
     return [*losses, float(total) / float(count)], compiled.as_text()
 
 

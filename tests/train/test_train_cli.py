@@ -247,6 +247,23 @@ def test_compilation_does_not_count_as_training_time(finished, tmp_path, monkeyp
         assert line["tokens"] / line["tokens_per_second"] < 10_000
 
 
+def test_steps_run_under_the_runs_mesh(finished, tmp_path, monkeypatch):
+    make, found = loop.make_train_step, []
+
+    def watched(build, optimizer, schedule, shardings, mesh, *args):
+        step = make(build, optimizer, schedule, shardings, mesh, *args)
+
+        def call(*args):
+            found.append(jax.sharding.get_mesh() == mesh and not mesh.empty)
+            return step(*args)
+
+        return call
+
+    monkeypatch.setattr(loop, "make_train_step", watched)
+    assert main([*finished[1], "--run-dir", str(tmp_path / "r"), "--steps", "2"]) == 0
+    assert found == [True, True] and jax.sharding.get_mesh().empty
+
+
 def test_two_runs_in_one_directory_are_refused(finished, tmp_path, capsys):
     directory, args = in_copy(finished, tmp_path)
     with only_run_in(directory):

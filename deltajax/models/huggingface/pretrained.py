@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deltajax.models.abstract import abstract_model
 from deltajax.models.config import ModelConfig
 from deltajax.models.huggingface.configs import from_hf, to_hf
 from deltajax.models.huggingface.files import Checkpoint, Pending, opened, write
@@ -32,7 +33,8 @@ def load_pretrained(path: str | Path, *, place: Place | None = None, **changes: 
     Args:
       path: the directory.
       place: where a parameter lies, from its logical axis names and its shape, such as
-        `functools.partial(rules.sharding, mesh)` of the trainer's rules; None for the default device.
+        `functools.partial(rules.sharding, mesh)` of the trainer's rules; None for where JAX puts new arrays:
+        the default device, or all devices under `jax.set_mesh`.
       **changes: of the configuration, such as `dtype`, `param_dtype` (both what the checkpoint says by
         default) or `stack_layers`.
 
@@ -48,7 +50,7 @@ def load_pretrained(path: str | Path, *, place: Place | None = None, **changes: 
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model_type = fields["model_type"]
-    graph, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(abstract_model(config))
     parameters = {_dotted(where): variable for where, variable in nnx.to_flat_state(state)}
     shapes = {name: tuple(variable.shape) for name, variable in parameters.items()}
     loaded = {}
@@ -57,10 +59,7 @@ def load_pretrained(path: str | Path, *, place: Place | None = None, **changes: 
         for where, variable in nnx.to_flat_state(state):
             name = _dotted(where)
             axes = variable.get_metadata().get("out_sharding") or (None,) * len(variable.shape)
-            if place is None:
-                sharding: Any = jax.sharding.SingleDeviceSharding(jnp.zeros(()).device)
-            else:
-                sharding = place(tuple(axes), shapes[name])
+            sharding = jnp.zeros(()).sharding if place is None else place(tuple(axes), shapes[name])
             read = functools.partial(_read, file, sources[name], shapes[name], variable.dtype)
             loaded[where] = jax.make_array_from_callback(shapes[name], sharding, read).block_until_ready()
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(loaded))
