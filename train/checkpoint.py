@@ -21,9 +21,16 @@ from grain.checkpoint import CheckpointSave
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
-from train.config import ARITHMETIC, ConfigError, differing_fields
+from train.config import ConfigError
+from train.config_dict import differing_fields
 from train.data import merge_states
 from train.step import TrainState
+
+# Fields of the model's configuration that decide how it computes, and neither its parameters nor, but for
+# rounding, its function: a checkpoint may be resumed with others.
+ARITHMETIC = frozenset(
+    {"dtype", "remat", "scan_layers", "chunk_size", "implementation", "attention_implementation"}
+)
 
 
 def _leaf_digest(x: jax.Array) -> jax.Array:

@@ -1,25 +1,16 @@
-"""Every option of `python -m train`: typed dataclasses, parsed by tyro, stored as JSON beside checkpoints."""
+"""Every option of `python -m train`: typed dataclasses, parsed by tyro; and the model they choose."""
 
 import dataclasses
-import math
 import sys
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from deltajax.models import PRESETS, ModelConfig, get_preset, kda_mla_pattern
 from deltajax.models.config import REMAT
-
-# Fields of the model's configuration that decide how it computes, and neither its parameters nor, but for
-# rounding, its function: a checkpoint may be resumed with others.
-ARITHMETIC = frozenset(
-    {"dtype", "remat", "scan_layers", "chunk_size", "implementation", "attention_implementation"}
-)
-
 
 # The choices come from tables, which a static type cannot name.
 if typing.TYPE_CHECKING:
@@ -241,100 +232,6 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    def check(self) -> None:
-        """Raises ConfigError, naming the argument, for values that cannot work."""
-        positive = {
-            "--steps": self.steps,
-            "--data.seq-len": self.data.seq_len,
-            "--data.batch-size": self.data.batch_size,
-            "--optimizer.accumulate": self.optimizer.accumulate,
-            "--optimizer.learning-rate": self.optimizer.learning_rate,
-            "--optimizer.clip-norm": self.optimizer.clip_norm,
-            "--eval.every": self.eval.every,
-            "--eval.batches": self.eval.batches,
-            "--sample.every": self.sample.every,
-            "--checkpoint.every": self.checkpoint.every,
-            "--checkpoint.keep": self.checkpoint.keep,
-            "--mesh.fsdp": self.mesh.fsdp,
-            "--mesh.expert": self.mesh.expert,
-            "--mesh.context": self.mesh.context,
-            "--mesh.tensor": self.mesh.tensor,
-            "--mesh.join-within": self.mesh.join_within,
-            "--mesh.lost-after": self.mesh.lost_after,
-            "--log.every": self.log.every,
-            "--log.trace-at": 1 if self.log.trace_at is None else self.log.trace_at,
-            "--log.trace-steps": self.log.trace_steps,
-            "--log.peak-tflops": 1 if self.log.peak_tflops is None else self.log.peak_tflops,
-        }
-        for name, value in positive.items():
-            if not value > 0:
-                raise ConfigError(f"argument {name}: must be positive, got {value}")
-        self._check_ranges()
-        manual = (self.mesh.coordinator, self.mesh.num_processes, self.mesh.process_id)
-        if any(x is not None for x in manual) and (None in manual or not self.mesh.distributed):
-            raise ConfigError(
-                "argument --mesh.coordinator: goes with --mesh.num-processes, --mesh.process-id and "
-                "--mesh.distributed"
-            )
-        port = "" if self.mesh.coordinator is None else self.mesh.coordinator.rpartition(":")[2]
-        if self.mesh.coordinator is not None and not (port.isdecimal() and int(port) < 2**16):
-            raise ConfigError(
-                f"argument --mesh.coordinator: must be host:port, got {self.mesh.coordinator!r}"
-            )
-        if self.data.seq_len % self.mesh.context:
-            raise ConfigError(
-                f"argument --mesh.context: {self.mesh.context} does not divide --data.seq-len "
-                f"{self.data.seq_len}"
-            )
-        if self.data.batch_size % self.optimizer.accumulate:
-            raise ConfigError(
-                f"argument --optimizer.accumulate: {self.optimizer.accumulate} does not divide "
-                f"--data.batch-size {self.data.batch_size}"
-            )
-
-    def _check_ranges(self) -> None:
-        optimizer, held_out = self.optimizer, self.data.held_out_fraction
-        ranges = {
-            "--seed": (self.seed, 0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
-            "--data.held-out-fraction": (held_out, 0 < held_out < 1, "between 0 and 1"),
-            "--loss.z-loss": (self.loss.z_loss, 0 <= self.loss.z_loss < math.inf, "0 or more and finite"),
-            "--log.gates-every": (self.log.gates_every, self.log.gates_every >= 0, "0 or more"),
-            "--data.prefetch": (self.data.prefetch, self.data.prefetch >= 0, "0 or more"),
-            "--optimizer.warmup-steps": (optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
-            "--optimizer.decay-fraction": (
-                optimizer.decay_fraction,
-                0 < optimizer.decay_fraction <= 1,
-                "above 0 and at most 1",
-            ),
-            "--optimizer.final-fraction": (
-                optimizer.final_fraction,
-                0 <= optimizer.final_fraction <= 1,
-                "from 0 to 1",
-            ),
-            "--optimizer.b1": (optimizer.b1, 0 <= optimizer.b1 < 1, "from 0 to below 1"),
-            "--optimizer.b2": (optimizer.b2, 0 <= optimizer.b2 < 1, "from 0 to below 1"),
-            "--optimizer.eps": (optimizer.eps, 0 < optimizer.eps < math.inf, "positive and finite"),
-            "--optimizer.weight-decay": (
-                optimizer.weight_decay,
-                0 <= optimizer.weight_decay < math.inf,
-                "0 or more and finite",
-            ),
-            "--optimizer.balance-rate": (
-                optimizer.balance_rate,
-                0 <= optimizer.balance_rate < math.inf,
-                "0 or more and finite",
-            ),
-            "--sample.tokens": (self.sample.tokens, self.sample.tokens >= 0, "0 or more"),
-            "--sample.temperature": (
-                self.sample.temperature,
-                0 <= self.sample.temperature < math.inf,
-                "0 or more and finite",
-            ),
-        }
-        for name, (value, fits, expected) in ranges.items():
-            if not fits:
-                raise ConfigError(f"argument {name}: must be {expected}, got {value}")
-
 
 def model_arguments(config: TrainConfig) -> str:
     """The arguments that chose the model, for messages."""
@@ -381,48 +278,3 @@ def parse(args: Sequence[str] | None = None) -> TrainConfig:
         elif arg.startswith("--preset="):
             args[i] = "--preset=" + arg.removeprefix("--preset=").replace("-", "_")
     return tyro.cli(TrainConfig, prog="python -m train", args=args)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration dataclass as JSON-ready nested dicts."""
-
-    def ready(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: ready(v) for k, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return ready(dataclasses.asdict(config))
-
-
-def from_dict[C](cls: type[C], values: dict[str, Any]) -> C:
-    """Inverts `to_dict`.
-
-    Raises:
-        ConfigError: a field that `cls` does not have.
-    """
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(set(values) - set(hints)):
-        raise ConfigError(f"unknown fields of {cls.__name__}: {', '.join(unknown)}")
-    fields = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            value = from_dict(hint, value)
-        elif isinstance(value, list) and not isinstance(hint, types.UnionType):
-            value = tuple(value)
-        fields[name] = value
-    return cls(**fields)
-
-
-def differing_fields(
-    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
-) -> dict[str, tuple[Any, Any]]:
-    """Dotted names of the fields whose values differ -> (old, new); a field missing on a side is None."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in sorted(set(old) | set(new)):
-        a, b = old.get(name), new.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= differing_fields(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found[f"{prefix}{name}"] = (a, b)
-    return found

@@ -14,6 +14,8 @@ from train import config as options
 from train.checkpoint import Checkpoints
 from train.command import command
 from train.config import ConfigError, TrainConfig
+from train.config_checks import check
+from train.config_dict import differing_fields, to_dict
 from train.data import Batch, train_batches
 from train.evaluation import Evaluation
 from train.failure import NonFiniteError, save_failure
@@ -59,7 +61,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
         DataError: text that cannot be used.
         CheckpointError: a run directory whose checkpoints are all damaged.
     """
-    config.check()
+    check(config)
     processes.join(config.mesh)
     first = processes.index == 0
     report = Report(enabled=first, every=config.log.every)
@@ -208,7 +210,7 @@ class Run:
         else:
             state = restored.state
             self.report.say(f"resumed {self.directory} at step {int(state.step)}")
-            changed = options.differing_fields(restored.config, self._saved_config)
+            changed = differing_fields(restored.config, self._saved_config)
             for name, (a, b) in changed.items():
                 if name.startswith(_SHAPES_TRAINING):
                     self.report.say(f"note: {name} was {a!r} when that was saved and is {b!r} now")
@@ -325,9 +327,9 @@ class Run:
     @cached_property
     def _saved_config(self) -> dict[str, Any]:
         return {
-            "model": options.to_dict(self.model.config),
+            "model": to_dict(self.model.config),
             "optimizer_state": state_layout(self.config.optimizer),
-            "train": options.to_dict(self.config),
+            "train": to_dict(self.config),
             "corpus": {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer.fingerprint},
         }
 

@@ -34,6 +34,7 @@ from train.config import (
     TrainConfig,
     model_config,
 )
+from train.config_checks import check
 from train.mesh import make_mesh
 from train.metrics import peak_flops
 from train.pod_step import HBM_GIB, PodStep, compile_step
@@ -103,7 +104,7 @@ def make(plan: Plan) -> PodStep:
         optimizer=plan.optimizer,
         data=DataConfig(batch_size=plan.optimizer.accumulate),  # its own sizes are checked against the mesh
     )
-    run.check()
+    check(run)
     config = model_config(run, plan.vocab_size or get_preset(plan.preset).vocab_size)
     try:
         devices = tpu_aot.devices_of(plan.topology)

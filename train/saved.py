@@ -12,7 +12,8 @@ from flax import nnx
 
 from deltajax.models import ModelConfig, abstract_model
 from train.checkpoint import CheckpointError, digest
-from train.config import ConfigError, TrainConfig, from_dict
+from train.config import ConfigError, TrainConfig
+from train.config_dict import from_dict
 from train.step import Params
 
 

@@ -20,6 +20,7 @@ from tests.train.train_common import TINY, environment, losses, write_text
 from train import config as options
 from train import loop, metrics
 from train.__main__ import main
+from train.config_dict import from_dict, to_dict
 from train.guard import StopRequest, only_run_in
 from train.metrics import MetricsFile, Throughput, peak_flops, read_metrics
 
@@ -106,7 +107,7 @@ def test_metrics_and_events_hold_every_step(finished):
 def test_run_directory_holds_the_configuration(finished):
     directory, args = finished
     saved = json.loads((directory / "config.json").read_text())
-    assert options.from_dict(options.TrainConfig, saved["train"]) == options.parse(args)
+    assert from_dict(options.TrainConfig, saved["train"]) == options.parse(args)
     assert saved["model"]["hidden_size"] == 32 and saved["model"]["vocab_size"] == 260
 
 
@@ -410,10 +411,10 @@ def test_configuration_survives_json():
     config = options.parse(
         ["--data.files", "a", "b", "--model.num-layers", "3", "--optimizer.schedule", "wsd"]
     )
-    text = json.dumps(options.to_dict(config))
-    assert options.from_dict(options.TrainConfig, json.loads(text)) == config
+    text = json.dumps(to_dict(config))
+    assert from_dict(options.TrainConfig, json.loads(text)) == config
     with pytest.raises(options.ConfigError, match="unknown fields of DataConfig: sequence"):
-        options.from_dict(options.TrainConfig, {"data": {"sequence": 3}})
+        from_dict(options.TrainConfig, {"data": {"sequence": 3}})
 
 
 def test_metrics_file_drops_later_steps_and_a_cut_line(tmp_path):

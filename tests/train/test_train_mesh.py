@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from deltajax.models import get_preset
 from tests.train.train_common import TINY, environment, losses, run, write_text
 from train.config import ConfigError, DataConfig, MeshConfig, TrainConfig
+from train.config_checks import check
 from train.mesh import MESH_AXES, ShardingRules, data_group, make_mesh
 
 # Reductions over devices add in another order than one device does; a few steps amplify that little.
@@ -189,4 +190,4 @@ def test_processes_that_share_rows_in_part_are_refused():
 def test_a_row_that_context_parallelism_cannot_split_is_named():
     config = TrainConfig(mesh=MeshConfig(context=3), data=DataConfig(seq_len=256))
     with pytest.raises(ConfigError, match=r"argument --mesh.context: 3 does not divide --data.seq-len 256"):
-        config.check()
+        check(config)
