@@ -17,6 +17,7 @@ from train.tasks import (
     Palindrome,
     Parity,
     PermutationGroup,
+    Rebinding,
     SelectiveCopying,
     Stacks,
     sample_rows,
@@ -69,6 +70,20 @@ def stacks(task, tokens):
             found[p + 1] = held[stack].pop()
             assert x == found[p + 1]
     assert set(tokens[len(tokens) - len(tokens) % 3 :]) <= {0}
+    return found, len(found)
+
+
+def rebinding(task, tokens):
+    held, found = {}, {}
+    for p in range(0, len(tokens) - len(tokens) % 3, 3):
+        operation, key, value = tokens[p : p + 3]
+        assert 3 <= key < 3 + task.keys <= value < task.vocab_size
+        if operation == 2:
+            found[p + 1] = held[key]
+            assert value == held[key]
+        else:
+            assert operation == 1
+            held[key] = value
     return found, len(found)
 
 
@@ -167,6 +182,7 @@ CASES = [
     (Palindrome(symbols=9), 30, palindrome),
     (Stacks(stacks=5, symbols=7), 64, stacks),
     (Stacks(stacks=2, symbols=7, depth=2), 90, stacks),
+    (Rebinding(keys=4, values=8), 50, rebinding),
     (Parity(), 33, parity),
     (PermutationGroup(), 20, permutations),
     (PermutationGroup(degree=5), 33, permutations),
@@ -239,6 +255,7 @@ def test_stacks_are_deep_and_popped():
         (MQAR(vocabulary=16), 128, "vocabulary=16"),
         (Palindrome(), 31, "length 31: expected an even number"),
         (Stacks(), 5, "length 5: expected at least 6"),
+        (Rebinding(values=1), 8, "values=1"),
         (PermutationGroup(degree=6), 8, "degree=6: expected 2 to 5"),
         (PermutationGroup(moves="some"), 8, "moves='some'"),
         (InContextRecall(noise=0.2), 8, "noise_symbols=0"),

@@ -12,6 +12,7 @@ from train.tasks.mqar import MQAR
 from train.tasks.palindrome import Palindrome
 from train.tasks.parity import Parity
 from train.tasks.permutations import PermutationGroup
+from train.tasks.rebinding import Rebinding
 from train.tasks.selective_copying import SelectiveCopying
 from train.tasks.source import TaskSource, sample_rows, task_batches
 from train.tasks.stacks import Stacks
@@ -26,6 +27,7 @@ __all__ = [
     "Palindrome",
     "Parity",
     "PermutationGroup",
+    "Rebinding",
     "Sample",
     "SelectiveCopying",
     "Stacks",
