@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from deltajax.models import ModelConfig
-from train.config import ConfigError, OptimizerConfig, to_dict
+from train.config import ConfigError, OptimizerConfig
+from train.config_dict import to_dict
 from train.experiments import options as names
 from train.experiments import results
 from train.experiments.learner import Lane, Lanes, Learner, Plan
