@@ -27,9 +27,10 @@ Placement = None | str | tuple[str, ...]
 class ShardingRules:
     """Which mesh axes each logical axis is split over; None replicates it.
 
-    Parameters are split over "fsdp" along their embedding dimension, of which every large matrix has exactly
-    one; what has none (decay rates, convolution taps, the second matrices of low-rank projections in KDA's
-    gates and latent attention) is small and not split there. Over "tensor" go heads, the MLP's width and the
+    Parameters are split over "fsdp" and "context", whose devices hold different tokens, along their embedding
+    dimension, of which every large matrix has exactly one; what has none (decay rates, convolution taps, the
+    second matrices of low-rank projections in KDA's gates and latent attention) is small and not split there.
+    Over "tensor" go heads, the MLP's width and the
     vocabulary: of the parameters, and of the activations between a block's first matrices and its last.
     Over "expert" go the experts of a mixture, while other parameters have a copy there; routers are whole on
     every device. Activations are split along the batch and, over "context", along the sequence.
@@ -37,7 +38,7 @@ class ShardingRules:
 
     batch: Placement = ("data", "fsdp", "expert")
     sequence: str | None = "context"
-    embed: Placement = "fsdp"
+    embed: Placement = ("fsdp", "context")
     vocab: Placement = "tensor"
     heads: Placement = "tensor"
     kv_heads: Placement = "tensor"
@@ -139,9 +140,10 @@ class ShardingRules:
         for dim, (name, placement) in enumerate(zip(logical_axes, spec, strict=True)):
             parts = 1 if name is None else self.parts(mesh, name)
             if shape[dim] % parts:
+                axes = " x ".join(repr(axis) for axis in axis_names(placement) if mesh.shape[axis] > 1)
                 raise ValueError(
                     f"{where}: dimension {dim} ({name}) of shape {shape} is not divisible by mesh "
-                    f"axis {placement!r} of size {parts}"
+                    f"axis {axes} of size {parts}"
                 )
         return NamedSharding(mesh, spec)
 

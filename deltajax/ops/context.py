@@ -1,19 +1,24 @@
 """Context parallelism: one sequence's tokens spread over a mesh axis, inside `jax.shard_map`.
 
-A run of tokens acts on the state entering it as ``S -> M S + N``, and such maps compose. Each device finds
-the (M, N) of its own tokens, one all-gather shares them, each folds those before it into the state that
-enters its tokens, and runs the op from there. M is the final state that the recurrence reaches from the
-identity with values of zero, so one call on ``[v | 0]`` from ``[0 | I]`` gives ``[N | M]``. No gate is
-assumed to decay.
+A run of tokens acts on the state entering it as ``S -> M S + N``, and its outputs are ``o = R S + o_0``. Both
+come from one call of the op: M is the state that the recurrence reaches from the identity with values of
+zero, R what it puts out on the way, so values ``[v | 0]`` from the state ``[0 | I]`` give outputs
+``[o_0 | R]`` and the final state ``[N | M]``. One all-gather shares the maps, each device folds those before
+it into the state that enters its tokens, and one product adds what that state contributes. No gate is assumed
+to decay.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from deltajax.ops.dispatch import SAVED
 from deltajax.ops.problem import Inputs, Options, initial_state, vary_alike
 
 Run = Callable[[Inputs, Options], tuple[Array, Array]]
@@ -41,25 +46,64 @@ def run(run_local: Run, inputs: Inputs, options: Options, axis_name: str) -> tup
       o of this device's tokens; the final state (or states) of the whole rows, the same on all devices.
     """
     start = initial_state(inputs, options)
+    V = inputs.v.shape[-1]
     device, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
     ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, axis_name)
 
-    N, M = _summary(run_local, inputs, options, ends, start)
-    maps = lax.all_gather((N, M), axis_name)  # [devices, B, HV, K, .]
-    entering = jnp.zeros_like(N) if options.num_segments is not None else start
-    entering = _fold(entering, maps, devices, device)
+    outputs, finals = run_local(_extended(inputs, start, ends, options), options)
+    leaving = finals if options.num_segments is None else _leaving(finals, start, ends)  # [N | M]
+    maps = lax.all_gather((leaving[..., :V], leaving[..., V:]), axis_name)  # [devices, B, HV, K, .]
+    entering = jnp.zeros_like(maps[0][0]) if options.num_segments is not None else start
+    entering = checkpoint_name(_fold(entering, maps, devices, device), SAVED)
 
+    # R is 0 past the first segment, and everywhere if that does not go on from the entering state.
+    response = checkpoint_name(outputs[..., V:], SAVED)  # [B, T, HV, K]
+    o = _add_response(outputs[..., :V], response, entering)
     if options.num_segments is None:
-        if ends is not None:
-            entering = jnp.where(_per_row(ends.continues), entering, 0)
-        o, final = run_local(inputs._replace(initial_state=entering), options)
+        final = finals[..., :V] + _product(finals[..., V:], entering)
         # The last device's final state is everybody's.
         return o, lax.psum(jnp.where(device == devices - 1, final, 0), axis_name)
-
-    assert ends is not None and inputs.segment_ids is not None  # num_segments comes with segment_ids
-    states = _with_first(start, entering, ends)
-    o, finals = run_local(inputs._replace(initial_state=states), options)
+    assert inputs.segment_ids is not None  # num_segments comes with segment_ids
+    finals = finals[..., :V] + _product(finals[..., V:], entering[:, None])
     return o, _final_states(finals, start, inputs.segment_ids, axis_name)
+
+
+def _product(M: Float[Array, "... K K"], S: Float[Array, "... K V"]) -> Float[Array, "... K V"]:
+    return jnp.matmul(M, S, precision=lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def _add_response(
+    o: Float[Array, "B T HV V"], response: Float[Array, "B T HV K"], entering: Float[Array, "B HV K V"]
+) -> Float[Array, "B T HV V"]:
+    """o + R S. Its derivative is written out so that it, too, multiplies numbers of o's type."""
+    more = _multiply("bthk,bhkv->bthv", response, entering, o.dtype)
+    return (o.astype(more.dtype) + more).astype(o.dtype)
+
+
+def _multiply(form: str, x: Array, y: Array, dtype: DTypeLike) -> Array:
+    """The product of x and y as ``dtype``, summed in float32 at least."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jnp.einsum(
+        form,
+        x.astype(dtype),
+        y.astype(dtype),
+        precision=lax.Precision.HIGHEST,  # of float32; half-precision numbers are multiplied exactly anyway
+        preferred_element_type=wide,
+    )
+
+
+def _add_response_forward(o, response, entering):
+    return _add_response(o, response, entering), (response, entering)
+
+
+def _add_response_backward(saved, do):
+    response, entering = saved
+    dresponse = _multiply("bthv,bhkv->bthk", do, entering, do.dtype).astype(response.dtype)
+    return do, dresponse, _multiply("bthk,bthv->bhkv", response, do, do.dtype).astype(entering.dtype)
+
+
+_add_response.defvjp(_add_response_forward, _add_response_backward)
 
 
 def _per_row(x: Array) -> Array:
@@ -89,32 +133,29 @@ def _with_first(states: Float[Array, "B N HV K D"], entering: Array, ends: _Ends
     return states.at[jnp.arange(states.shape[0]), index].set(entering, mode="drop")
 
 
-def _summary(
-    run_local: Run, inputs: Inputs, options: Options, ends: _Ends | None, start: Array
-) -> tuple[Float[Array, "B HV K V"], Float[Array, "B HV K K"]]:
-    """N and M of this device's tokens, from the state that enters it to the state that leaves it."""
+def _extended(inputs: Inputs, start: Array, ends: _Ends | None, options: Options) -> Inputs:
+    """The inputs with values [v | 0] and, for the state that enters this device, [0 | I]."""
     B, T, HV, V = inputs.v.shape
     K = inputs.q.shape[-1]
     identity = jnp.broadcast_to(jnp.eye(K, dtype=start.dtype), (B, HV, K, K))
-    nothing = jnp.zeros((B, HV, K, V), start.dtype)
-    entering = jnp.concatenate([nothing, identity], axis=-1)  # [0 | I]
-    extended = inputs._replace(
-        q=jnp.zeros_like(inputs.q),  # the outputs are not wanted
-        v=jnp.concatenate([inputs.v, jnp.zeros((B, T, HV, K), inputs.v.dtype)], axis=-1),
-    )
-    if ends is None:
-        _, final = run_local(extended._replace(initial_state=entering), options)
-        return final[..., :V], final[..., V:]
-    if options.num_segments is None:
-        from_here = jnp.where(_per_row(ends.continues), entering, 0)
-        _, final = run_local(extended._replace(initial_state=from_here), options)
-    else:
+    entering = jnp.concatenate([jnp.zeros((B, HV, K, V), start.dtype), identity], axis=-1)
+    v = jnp.concatenate([inputs.v, jnp.zeros((B, T, HV, K), inputs.v.dtype)], axis=-1)
+    if ends is not None and options.num_segments is None:
+        entering = jnp.where(_per_row(ends.continues), entering, 0)
+    elif ends is not None:
         states = jnp.concatenate([start, jnp.zeros((*start.shape[:-1], K), start.dtype)], axis=-1)
-        states = _with_first(states, entering, ends)
-        _, finals = run_local(extended._replace(initial_state=states), options)
-        last = finals[jnp.arange(B), jnp.maximum(ends.last - 1, 0)]
-        final = jnp.where(_per_row(ends.last != 0), last, entering)  # padding only: the identity map
-    return final[..., :V], final[..., V:]
+        entering = _with_first(states, entering, ends)
+    return inputs._replace(v=v, initial_state=entering)
+
+
+def _leaving(finals: Float[Array, "B N HV K D"], start: Array, ends: _Ends | None) -> Array:
+    """[N | M] of all of a device's tokens: its last segment's, the identity map's where it has none."""
+    assert ends is not None  # num_segments comes with segment_ids
+    B, _, HV, K, V = start.shape
+    identity = jnp.broadcast_to(jnp.eye(K, dtype=start.dtype), (B, HV, K, K))
+    nothing = jnp.concatenate([jnp.zeros((B, HV, K, V), start.dtype), identity], axis=-1)
+    last = finals[jnp.arange(B), jnp.maximum(ends.last - 1, 0)]
+    return jnp.where(_per_row(ends.last != 0), last, nothing)
 
 
 def _fold(state: Array, maps: tuple[Array, Array], devices: int, device: Array) -> Float[Array, "B HV K V"]:
@@ -122,7 +163,7 @@ def _fold(state: Array, maps: tuple[Array, Array], devices: int, device: Array) 
 
     def apply(state, x):
         (N, M), i = x
-        new = N + jnp.matmul(M, state, precision=lax.Precision.HIGHEST)
+        new = N + _product(M, state)
         return jnp.where(i < device, new, state), None
 
     state = vary_alike(state, maps[0], device)[0]

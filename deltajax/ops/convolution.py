@@ -74,10 +74,17 @@ def short_convolution(
         else:  # the past stands just before the first real token
             padded, reach = _join_rows(past, x, runs)
 
-    if cache is None and axis_name is None:  # nothing stands before x: no copy with the past before it
+    W1 = W - 1
+    if cache is None and axis_name is None:
         y = apply_taps(given, weight, bias, runs, activation, implementation)
-    else:
-        y = apply_taps(padded, weight, bias, reach, activation, implementation)[:, W - 1 :]
+    elif W1 < T and (cache is None or runs is None):
+        # Only the first outputs see the past: no long copy of x with the past before it.
+        y = apply_taps(given, weight, bias, runs, activation, implementation)
+        near = None if reach is None else reach[:, : 2 * W1]
+        first = apply_taps(padded[:, : 2 * W1], weight, bias, near, activation, "xla")[:, W1:]
+        y = jax.lax.dynamic_update_slice_in_dim(y, first, 0, axis=1)
+    else:  # the past stands where the row's first token is
+        y = apply_taps(padded, weight, bias, reach, activation, implementation)[:, W1:]
     last = padded[:, T:] if reach is None else _last_inputs(padded, reach, W)
     return y, last if axis_name is None else _of_last_device(last, segment_ids, axis_name)
 

@@ -24,9 +24,10 @@ SHARDED_RTOL = 1e-5
 
 
 def test_rules_place_logical_axes():
-    assert ShardingRules().spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
+    embed = ("fsdp", "context")
+    assert ShardingRules().spec(("layers", "embed", "mlp")) == PartitionSpec(None, embed, "tensor")
     assert ShardingRules().spec(("batch",)) == PartitionSpec(("data", "fsdp", "expert"))
-    assert ShardingRules().spec(("experts", "mlp", "embed")) == PartitionSpec("expert", "tensor", "fsdp")
+    assert ShardingRules().spec(("experts", "mlp", "embed")) == PartitionSpec("expert", "tensor", embed)
 
 
 def test_two_dimensions_on_one_mesh_axis_collide():
