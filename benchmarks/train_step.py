@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import tyro
 
+from benchmarks import collectives
 from benchmarks.op_times import print_profile
 from deltajax.models import flops_per_token, get_preset
 from train.config import OptimizerConfig, Remat
@@ -44,6 +45,8 @@ class Options:
     context: int = 1
     profile: int = 0
     """Print so many of the kernels of a step that take longest (NVIDIA GPUs)."""
+    collectives: bool = False
+    """Also measure how much of a step its collectives take (NVIDIA GPUs)."""
     check: bool = False
     json: str | None = None
 
@@ -110,6 +113,16 @@ def main(options: Options) -> int:
         f"losses {' '.join(f'{x:.4f}' for x in losses)}",
         flush=True,
     )
+    if options.collectives:
+        measured = collectives.measure(lambda: compiled(state, batch, ok)[1])  # the state is gone then
+        if measured is not None:
+            row |= {
+                f"{name}_ms": x for name, x in zip(("collectives", "exposed", "busy"), measured, strict=True)
+            }
+            print(
+                f"    collectives {measured.all:.1f} ms, {measured.exposed:.1f} of them exposed, "
+                f"of {measured.busy:.1f} ms in kernels"
+            )
     if options.profile:
         keeping = jax.jit(step.__wrapped__).lower(state, batch, ok).compile()  # the state can be used again
         print_profile(keeping, (state, batch, ok), options.profile, keeping.as_text())
