@@ -9,10 +9,16 @@ from train.config import TrainConfig
 
 def command(config: TrainConfig) -> str:
     """`python -m train` with every option that is not its default, quoted for a shell."""
-    given = _arguments(config, TrainConfig(), "")
-    if config.preset == TrainConfig.preset:  # shown always: it is what the run is
-        given = ["--preset", config.preset, *given]
-    return shlex.join(["python", "-m", "train", *given])
+    usual = TrainConfig()
+    shown = (
+        ["--preset", config.preset] if config.preset == usual.preset else []
+    )  # always: it is what the run is
+    return arguments("train", shown, config, usual)
+
+
+def arguments(module: str, given: list[str], config: Any, usual: Any) -> str:
+    """`python -m module given...` and every option of a dataclass that differs from the usual one."""
+    return shlex.join(["python", "-m", module, *given, *_arguments(config, usual, "")])
 
 
 def _arguments(config: Any, default: Any, prefix: str) -> list[str]:

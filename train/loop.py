@@ -29,7 +29,7 @@ from train.processes import Processes
 from train.recorder import Recorder
 from train.report import Report
 from train.sample import sample_text
-from train.step import StepMetrics, TrainState, make_gate_step, make_train_step
+from train.step import Params, StepMetrics, TrainState, make_gate_step, make_train_step
 from train.trace import Trace
 
 # Options whose change between a checkpoint and its resumption is worth a note.
@@ -41,6 +41,7 @@ _SHAPES_TRAINING = (
     "train.loss",
     "train.optimizer",
     "train.eval",
+    "preference",
     "corpus",
 )
 
@@ -63,19 +64,22 @@ def train(config: TrainConfig, processes: Processes) -> int:
     """
     check(config)
     processes.join(config.mesh)
-    first = processes.index == 0
-    report = Report(enabled=first, every=config.log.every)
+    report = Report(enabled=processes.index == 0, every=config.log.every)
     directory = Path(config.run_dir or f"runs/{config.preset}")
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"argument --run-dir: {directory} is a file")
-    run = Run.build(config, directory, report, processes)
+    return execute(Run.build(config, directory, report, processes))
+
+
+def execute(run: "Run") -> int:
+    """Trains in the run's directory, which is made if absent; see `train` for the exit status."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        run.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"argument --run-dir: {directory} cannot be made ({error})") from error
-    if not first:
+        raise ConfigError(f"argument --run-dir: {run.directory} cannot be made ({error})") from error
+    if run.processes.index != 0:
         return run.go()
-    with only_run_in(directory):
+    with only_run_in(run.directory):
         return run.go()
 
 
@@ -90,7 +94,7 @@ class Run:
     data: Data
     model: ModelState
     rules: ShardingRules = field(default_factory=ShardingRules)
-    _evaluated: tuple[int, float] | None = None  # the last evaluation: step, loss
+    _evaluated: tuple[int, dict[str, float]] | None = None  # the last evaluation: step, what it found
     _told_bad: int = 0  # of the bad records skipped, those reported
 
     @classmethod
@@ -105,24 +109,38 @@ class Run:
             )
         except ValueError as error:
             raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
-        parts = ShardingRules().parts(mesh, "batch")
-        if config.data.batch_size % (parts * config.optimizer.accumulate):
-            raise ConfigError(
-                f"argument --data.batch-size: {config.data.batch_size} rows do not split over "
-                f"{parts} devices x {config.optimizer.accumulate} micro-batches"
-            )
         run = cls(config, directory, report, processes, data, model)
-        try:
-            run._trace()
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigError(f"arguments {options.model_arguments(config)}: {error}") from error
+        run.check()
         return run
 
-    def _trace(self) -> None:
-        """Raises what the model has to say against its options or the device."""
+    def check(self) -> None:
+        """Traces the model.
+
+        Raises:
+            ConfigError: rows that do not split over the devices, or what the model has to say against its
+                options or the device.
+        """
+        data, optimizer = self.config.data, self.config.optimizer
+        parts = ShardingRules().parts(self.model.mesh, "batch")
+        if data.batch_size % (parts * optimizer.accumulate):
+            raise ConfigError(
+                f"argument --data.batch-size: {data.batch_size} rows do not split over "
+                f"{parts} devices x {optimizer.accumulate} micro-batches"
+            )
+        try:
+            self._trace()
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(f"arguments {options.model_arguments(self.config)}: {error}") from error
+
+    @property
+    def abstract_batch(self) -> dict[str, Any]:
+        """Shapes of a micro-batch."""
         rows = self.config.data.batch_size // self.config.optimizer.accumulate
         ids = jax.ShapeDtypeStruct((rows, self.config.data.seq_len), jnp.int32)
-        batch = dict.fromkeys(("tokens", "targets", "segment_ids"), ids)
+        return dict.fromkeys(("tokens", "targets", "segment_ids"), ids)
+
+    def _trace(self) -> None:
+        batch = self.abstract_batch
         loss = jax.jit(lambda params, batch: self.objective(self.model.model(params), batch))
         if self.model.config.implementation == "pallas":  # refuses a device only when lowered for it
             loss.lower(self.model.abstract, batch)
@@ -132,15 +150,7 @@ class Run:
     def go(self) -> int:
         """Trains to the last step; see `train` for the exit status."""
         checkpoints = Checkpoints(self.directory / "checkpoints", self.config.checkpoint.keep)
-        data = train_batches(
-            self.data.train,
-            seq_len=self.config.data.seq_len,
-            batch_size=self.config.data.batch_size,
-            seed=self.config.seed,
-            process_index=self.data_group[0],
-            process_count=self.data_group[1],
-            prefetch=self.config.data.prefetch,
-        )
+        data = self.batches()
         try:
             with stop_on_signals() as stop, jax.set_mesh(self.model.mesh):
                 return self._go(checkpoints, data, stop)
@@ -153,22 +163,23 @@ class Run:
             checkpoints.close()
             data.close()  # its thread would otherwise outlive the interpreter
 
+    def batches(self) -> Any:
+        """The Grain iterator over this process's rows of each batch."""
+        return train_batches(
+            self.data.train,
+            seq_len=self.config.data.seq_len,
+            batch_size=self.config.data.batch_size,
+            seed=self.config.seed,
+            process_index=self.data_group[0],
+            process_count=self.data_group[1],
+            prefetch=self.config.data.prefetch,
+        )
+
     def _go(self, checkpoints: Checkpoints, data: Any, stop: StopRequest) -> int:
         steps, report = self.config.steps, self.report
         state = self._start_or_resume(checkpoints, data)
         start = int(state.step)
-        devices, described = self.model.mesh.devices, self.data.description()
-        report.say(
-            f"{self.config.preset}: {self.model.num_parameters:,} parameters on "
-            f"{dict(self.model.mesh.shape)} of {devices.flat[0].device_kind}; {described[0]}"
-        )
-        for line in described[1:]:
-            report.say(line)
-        if self.data.bad.count:
-            report.say(self.data.bad.summary())
-            self._told_bad = self.data.bad.count
-        report.say(f"to reproduce: {command(self.config)}")
-        report.say(f"bigram baseline: {self.evaluation.units(self.bigram)} on held-out text")
+        self.introduce()
         if start >= steps:
             more = 2 * start
             report.say(
@@ -190,6 +201,25 @@ class Run:
         self._finish(state, checkpoints)
         return 0
 
+    def introduce(self) -> None:
+        """Says what is trained on what."""
+        report, devices, described = self.report, self.model.mesh.devices, self.data.description()
+        report.say(
+            f"{self.config.preset}: {self.model.num_parameters:,} parameters on "
+            f"{dict(self.model.mesh.shape)} of {devices.flat[0].device_kind}; {described[0]}"
+        )
+        for line in described[1:]:
+            report.say(line)
+        if self.data.bad.count:
+            report.say(self.data.bad.summary())
+            self._told_bad = self.data.bad.count
+        report.say(f"to reproduce: {command(self.config)}")
+        report.say(f"bigram baseline: {self.evaluation.units(self.bigram)} on held-out text")
+
+    def initial_state(self) -> TrainState:
+        """Step 0."""
+        return self.model.init_train_state(self.optimizer, self.config.seed)
+
     def _start_or_resume(self, checkpoints: Checkpoints, data: Any) -> TrainState:
         """The state to go on from; `data` and metrics.jsonl are set to match."""
         found = checkpoints.steps()
@@ -206,7 +236,7 @@ class Run:
         )
         if restored is None:
             self.report.say(f"new run in {self.directory}")
-            state = self.model.init_train_state(self.optimizer, self.config.seed)
+            state = self.initial_state()
         else:
             state = restored.state
             self.report.say(f"resumed {self.directory} at step {int(state.step)}")
@@ -279,7 +309,7 @@ class Run:
                 found = jax.device_get(gate_step(state.params, placed))
                 line |= {f"gates/{name}": x.item() for name, x in found.items()}
             if evaluate:
-                line["eval_loss"] = self.evaluate(state)
+                line |= self.evaluate(state)
             recorder.write(line)  # before saving: a resumed run finds the lines of all steps before it
             if save:
                 checkpoints.save(step, state, data, self._saved_config, line.get("eval_loss"))
@@ -292,22 +322,30 @@ class Run:
         recorder.close()
         return state
 
-    def evaluate(self, state: TrainState) -> float:
-        """Mean loss on the held-out batches, nats per token."""
-        loss = self.evaluation.loss(state.params)
-        self._evaluated = (int(state.step), loss)
-        return loss
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """What `measure` finds, kept until the next step."""
+        found = self.measure(state.params)
+        self._evaluated = (int(state.step), found)
+        return found
+
+    def measure(self, params: Params) -> dict[str, float]:
+        """`eval_loss`, the mean on held-out batches in nats per token, and what else is recorded."""
+        return {"eval_loss": self.evaluation.loss(params)}
+
+    def conclude(self, evaluated: dict[str, float]) -> None:
+        """Says what came of it."""
+        reached, baseline = (self.evaluation.units(x) for x in (evaluated["eval_loss"], self.bigram))
+        self.report.say(f"eval loss {reached}, bigram baseline {baseline}")
 
     def _finish(self, state: TrainState, checkpoints: Checkpoints) -> None:
         """Evaluates, samples, and says what came of it and how to go on."""
         evaluated = self._evaluated
-        loss = evaluated[1] if evaluated and evaluated[0] == int(state.step) else self.evaluate(state)
+        found = evaluated[1] if evaluated and evaluated[0] == int(state.step) else self.evaluate(state)
         if self._can_sample:
             self.report.text("sample", self._sample(state), int(state.step))
         self.report.close()
         saved = checkpoints.directory / str(checkpoints.steps()[-1])
-        reached, baseline = self.evaluation.units(loss), self.evaluation.units(self.bigram)
-        self.report.say(f"eval loss {reached}, bigram baseline {baseline}")
+        self.conclude(found)
         if self.data.bad.count > self._told_bad:
             self.report.say(self.data.bad.summary())
         self.report.say(f"checkpoint: {saved}")

@@ -74,9 +74,12 @@ class ModelState:
         )
 
     def init_train_state(self, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-        """Step 0."""
+        """Step 0, of parameters drawn from a seed."""
+        return self.train_state(optimizer, self.init(seed))
+
+    def train_state(self, optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+        """Step 0, of given parameters."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_train_state(optimizer))
-        params = self.init(seed)
         opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
         return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state)
 

@@ -64,6 +64,7 @@ class Recorder:
         line = {"step": step, "loss": loss, "grad_norm": grad_norm}
         line |= {"learning_rate": metrics.learning_rate.item(), "tokens": int(metrics.tokens)}
         line |= self.throughput.update(metrics.tokens.item())
+        line |= {name: x.item() for name, x in metrics.means.items()}
         return line | {f"grad_norm/{group}": norm.item() for group, norm in metrics.group_norms.items()}
 
     def write(self, line: dict[str, Any]) -> None:

@@ -131,7 +131,7 @@ class Examples:
         if (longest := int(self.lengths.max())) > seq_len:
             raise DataError(
                 f"pair {int(self.lengths.argmax()) + 1} has {longest} tokens with both answers, and rows "
-                f"have {seq_len}: raise --seq-len, or leave it out of the data"
+                f"have {seq_len}: raise --data.seq-len, or leave it out of the data"
             )
         return max(1, seq_len // int(self.lengths.min()))
 
