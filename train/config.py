@@ -79,6 +79,10 @@ class DataConfig:
     """share of the documents kept for evaluation; prepared data has its own"""
     prefetch: int = 2
     """batches prepared ahead in a background thread; 0 for none"""
+    hard_window: int = 0
+    """batches measured (without updates) at a time, to train on the hardest of them; 0 for all batches"""
+    hard_fraction: float = 0.5
+    """share of a window's batches that is trained on, those of the highest loss"""
 
 
 @dataclass(frozen=True)

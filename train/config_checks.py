@@ -62,6 +62,12 @@ def _check_ranges(config: TrainConfig) -> None:
         "--data.held-out-fraction": (held_out, 0 < held_out < 1, "between 0 and 1"),
         "--loss.z-loss": (config.loss.z_loss, 0 <= config.loss.z_loss < math.inf, "0 or more and finite"),
         "--log.gates-every": (config.log.gates_every, config.log.gates_every >= 0, "0 or more"),
+        "--data.hard-window": (config.data.hard_window, config.data.hard_window >= 0, "0 or more"),
+        "--data.hard-fraction": (
+            config.data.hard_fraction,
+            0 < config.data.hard_fraction <= 1,
+            "above 0 and at most 1",
+        ),
         "--data.prefetch": (config.data.prefetch, config.data.prefetch >= 0, "0 or more"),
         "--optimizer.warmup-steps": (optimizer.warmup_steps, optimizer.warmup_steps >= 0, "0 or more"),
         "--optimizer.decay-fraction": (

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from train.data import Batch, train_batches
 from train.evaluation import Evaluation
 from train.failure import NonFiniteError, save_failure
 from train.guard import StopRequest, only_run_in, stop_on_signals
+from train.hard import HardBatches
 from train.mesh import ShardingRules, data_group, global_batch, mesh_of
 from train.mixture import Data, load_data
 from train.model_state import ModelState, model_state
@@ -29,7 +30,7 @@ from train.processes import Processes
 from train.recorder import Recorder
 from train.report import Report
 from train.sample import sample_text
-from train.step import Params, StepMetrics, TrainState, make_gate_step, make_train_step
+from train.step import Params, StepMetrics, TrainState, make_gate_step, make_sums_step, make_train_step
 from train.trace import Trace
 
 # Options whose change between a checkpoint and its resumption is worth a note.
@@ -151,6 +152,8 @@ class Run:
         """Trains to the last step; see `train` for the exit status."""
         checkpoints = Checkpoints(self.directory / "checkpoints", self.config.checkpoint.keep)
         data = self.batches()
+        if self.config.data.hard_window:
+            data = HardBatches(data, self.config.data.hard_window, self.config.data.hard_fraction)
         try:
             with stop_on_signals() as stop, jax.set_mesh(self.model.mesh):
                 return self._go(checkpoints, data, stop)
@@ -280,6 +283,8 @@ class Run:
         pending: tuple[int, StepMetrics, Batch] | None = None
         for step in range(start + 1, config.steps + 1):
             self.processes.now(f"in step {step}")
+            if isinstance(data, HardBatches) and data.empty:
+                recorder.note(step, data.refill(partial(self._batch_loss, state.params)))
             batch = next(data)
             placed = global_batch(batch, self.model.mesh, self.rules)
             trace.before(step)
@@ -321,6 +326,11 @@ class Run:
         trace.close()
         recorder.close()
         return state
+
+    def _batch_loss(self, params: Params, batch: Batch) -> float:
+        """The objective's mean over a batch, of which this process has its rows."""
+        loss, sums = self._sums_step(params, global_batch(batch, self.model.mesh, self.rules))
+        return float(loss) / max(float(sums["count"]), 1.0)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """What `measure` finds, kept until the next step."""
@@ -380,6 +390,12 @@ class Run:
     def objective(self) -> Objective:
         """What is minimised."""
         return next_token(self.config.loss.z_loss)
+
+    @cached_property
+    def _sums_step(self) -> Any:
+        return make_sums_step(
+            self.model.model, self.model.shardings, self.model.mesh, self.rules, self.objective
+        )
 
     @cached_property
     def schedule(self) -> Any:

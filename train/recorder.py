@@ -37,12 +37,17 @@ class Recorder:
         start: int,
     ):
         self._config, self._saved_config, self._report = config, saved_config, report
+        self._notes: dict[int, dict[str, float]] = {}
         self._file = None if path is None else MetricsFile(path, start)
         peak = peak_flops(model.mesh.devices.flat[0].device_kind, config.log.peak_tflops)
         self.throughput = Throughput(
             flops_per_token(model.config, config.data.seq_len),
             None if peak is None else peak * model.mesh.size,
         )
+
+    def note(self, step: int, numbers: dict[str, float]) -> None:
+        """Has a step's line tell of these numbers too."""
+        self._notes[step] = numbers
 
     def line(self, step: int, metrics: StepMetrics, batch: Batch, state: TrainState) -> dict[str, Any]:
         """A step's numbers, once they are there.
@@ -64,7 +69,7 @@ class Recorder:
         line = {"step": step, "loss": loss, "grad_norm": grad_norm}
         line |= {"learning_rate": metrics.learning_rate.item(), "tokens": int(metrics.tokens)}
         line |= self.throughput.update(metrics.tokens.item())
-        line |= {name: x.item() for name, x in metrics.means.items()}
+        line |= {name: x.item() for name, x in metrics.means.items()} | self._notes.pop(step, {})
         return line | {f"grad_norm/{group}": norm.item() for group, norm in metrics.group_norms.items()}
 
     def write(self, line: dict[str, Any]) -> None:

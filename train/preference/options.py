@@ -36,6 +36,10 @@ class PairsConfig:
     """share of the pairs kept for evaluation"""
     prefetch: int = 2
     """batches prepared ahead in a background thread; 0 for none"""
+    hard_window: int = 0
+    """batches measured (without updates) at a time, to train on the hardest of them; 0 for all batches"""
+    hard_fraction: float = 0.5
+    """share of a window's batches that is trained on, those of the highest loss"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class PreferenceOptions:
         data = replace(
             base.data,
             prefetch=self.data.prefetch,
+            hard_window=self.data.hard_window,
+            hard_fraction=self.data.hard_fraction,
             seq_len=base.data.seq_len if self.data.seq_len is None else self.data.seq_len,
             batch_size=base.data.batch_size if self.data.batch_size is None else self.data.batch_size,
         )

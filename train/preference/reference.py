@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.mesh import ShardingRules, data_group, global_batch
 from train.model_state import ModelState
@@ -29,29 +29,55 @@ def fingerprint(what: Examples) -> str:
     return f"{len(what)}-{checksum:08x}"
 
 
-def reference_log_probs(
-    what: Examples, params: Params, model: ModelState, rules: ShardingRules, *, seq_len: int, batch_size: int
-) -> np.ndarray:
-    """The log-probability of every target of every answer, end to end, float32 [N]."""
-    replicated = NamedSharding(model.mesh, PartitionSpec())
+# (params, batch of arrays [B, T]) -> log-probabilities of its targets [B, T]
+Step = Callable[[Params, Batch], jax.Array]
+
+
+def make_log_probs_step(model: ModelState, rules: ShardingRules) -> Step:
+    """Builds the jitted `step(params, batch) -> batch_log_probs`, whole on every device."""
 
     def log_probs(params: Params, batch: Batch) -> jax.Array:
         with rules.shard_ops(model.mesh):
             return batch_log_probs(model.model(params), batch)
 
-    step = jax.jit(
-        log_probs, in_shardings=(model.shardings, rules.tokens(model.mesh)), out_shardings=replicated
+    return jax.jit(
+        log_probs,
+        in_shardings=(model.shardings, rules.tokens(model.mesh)),
+        out_shardings=NamedSharding(model.mesh, PartitionSpec()),
     )
+
+
+def reference_log_probs(
+    what: Examples,
+    params: Params,
+    step: Step,
+    mesh: Mesh,
+    rules: ShardingRules,
+    *,
+    seq_len: int,
+    batch_size: int,
+) -> np.ndarray:
+    """The log-probability of every target of every answer, end to end, float32 [N].
+
+    Args:
+        what: the answers.
+        params: of the model.
+        step: see `make_log_probs_step`.
+        mesh: where `params` lie.
+        rules: how the mesh splits them and the batches.
+        seq_len: tokens that a row may have; divided by the mesh's parts of a row.
+        batch_size: answers read at a time, over all devices.
+    """
     longest = max(len(row["tokens"]) for rows in what.rows for row in rows)
-    unit = math.lcm(_ROWS, rules.parts(model.mesh, "sequence"))
+    unit = math.lcm(_ROWS, rules.parts(mesh, "sequence"))
     length = min(seq_len, -(-longest // unit) * unit)
-    group, groups = data_group(model.mesh, rules)
+    group, groups = data_group(mesh, rules)
     own = slice(group * (batch_size // groups), (group + 1) * (batch_size // groups))
     found = []
     for batch in single_rows(what, seq_len=length, batch_size=batch_size):
         local = {name: x[own] for name, x in batch.items()}
         there = batch["segment_ids"] > 0
-        found.append(np.asarray(step(params, global_batch(local, model.mesh, rules)))[there])
+        found.append(np.asarray(step(params, global_batch(local, mesh, rules)))[there])
     return np.concatenate(found)
 
 
@@ -79,9 +105,14 @@ def cached_reference(
             partial = path.with_suffix(".partial.npz")
             np.savez(partial, key=np.array(key), log_probs=flat)
             os.replace(partial, path)  # whole or not at all
+    return attached(what, flat), computed
+
+
+def attached(what: Examples, flat: np.ndarray) -> Examples:
+    """The examples with what `reference_log_probs` found."""
     ends = np.cumsum([len(row["tokens"]) for rows in what.rows for row in rows])
     parts = iter(np.split(flat, ends[:-1]))
-    return with_reference(what, [[next(parts) for _ in rows] for rows in what.rows]), computed
+    return with_reference(what, [[next(parts) for _ in rows] for rows in what.rows])
 
 
 def _stored(path: Path, key: str) -> np.ndarray | None:

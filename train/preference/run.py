@@ -11,6 +11,7 @@ import numpy as np
 
 from train.checkpoint import digest
 from train.config import ConfigError, TrainConfig
+from train.config_checks import check
 from train.data import Batch
 from train.documents import BadData
 from train.loop import Run, execute
@@ -21,11 +22,16 @@ from train.objective import Objective
 from train.preference.data import Examples, all_rows, examples, read_pairs, train_rows
 from train.preference.loss import dpo, fine_tuning
 from train.preference.options import PreferenceOptions
-from train.preference.reference import cached_reference, fingerprint, reference_log_probs
+from train.preference.reference import (
+    cached_reference,
+    fingerprint,
+    make_log_probs_step,
+    reference_log_probs,
+)
 from train.processes import Processes
 from train.report import Report
 from train.saved import Saved, open_saved
-from train.step import Params, TrainState, make_sums_step
+from train.step import Params, TrainState
 
 
 def tune(options: PreferenceOptions, processes: Processes) -> int:
@@ -43,7 +49,7 @@ def tune(options: PreferenceOptions, processes: Processes) -> int:
     processes.join(options.mesh)
     saved = open_saved(options.base, options.step)
     config = options.run_config(saved.options)
-    config.check()
+    check(config)
     directory = Path(options.run_dir)
     if directory.resolve() == Path(options.base).resolve():
         raise ConfigError(f"argument --run-dir: {directory} is the run that is tuned; choose another")
@@ -150,7 +156,11 @@ class PreferenceRun(Run):
 
         def compute() -> np.ndarray:
             sizes = dict(seq_len=self.config.data.seq_len, batch_size=self.config.data.batch_size)
-            return reference_log_probs(everything, self.base_params, self.model, self.rules, **sizes)
+            step = make_log_probs_step(self.model, self.rules)
+            with jax.set_mesh(self.model.mesh):  # as the training steps
+                return reference_log_probs(
+                    everything, self.base_params, step, self.model.mesh, self.rules, **sizes
+                )
 
         path, key = self.directory / "reference.npz", f"{base}-{fingerprint(everything)}"
         everything, computed = cached_reference(path, key, everything, compute, self.processes.index == 0)
@@ -182,12 +192,6 @@ class PreferenceRun(Run):
     def _held_out(self) -> list[Batch]:
         sizes = dict(seq_len=self.config.data.seq_len, batch_size=self.config.data.batch_size)
         return all_rows(self.held_out_pairs, **sizes)[: self.config.eval.batches]
-
-    @cached_property
-    def _sums_step(self) -> Any:
-        return make_sums_step(
-            self.model.model, self.model.shardings, self.model.mesh, self.rules, self.objective
-        )
 
     def measure(self, params: Params) -> dict[str, float]:
         """The objective's loss and what it reports, on held-out pairs."""
