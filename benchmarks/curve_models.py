@@ -1,5 +1,6 @@
 """The models whose inference `benchmarks.decode_curves` measures, and caches for them of any length."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -87,23 +88,24 @@ def filled_cache(form: Form, batch: int, length: int, seed: int = 0) -> ModelCac
     shapes = form.cache_shapes(batch, length)
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return tree.unflatten([_filled(key, x, length) for key, x in zip(keys, leaves, strict=True)])
+    made = [
+        jnp.full(x.shape, length, x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.integer)
+        else _drawn(key, x.shape, x.dtype)
+        for key, x in zip(keys, leaves, strict=True)
+    ]
+    return tree.unflatten(made)
 
 
-def _filled(key: jax.Array, x: jax.ShapeDtypeStruct, length: int) -> jax.Array:
-    """[layers, B, S, ...] of `BLOCK` random tokens over and over, the same in all rows; lengths: `length`."""
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        return jnp.full(x.shape, length, x.dtype)
-    layers, _, tokens, *rest = x.shape
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """[layers, B, S, ...]: `BLOCK` random tokens over and over, the same in all rows."""
+    layers, batch, tokens, *rest = shape
     block = min(tokens, BLOCK)
     times = -(-tokens // block)
-
-    def draw() -> jax.Array:
-        drawn = jax.random.normal(key, (layers, 1, 1, block, *rest), x.dtype) * 0.5
-        tiled = jnp.broadcast_to(drawn, (*x.shape[:2], times, block, *rest))
-        return tiled.reshape(*x.shape[:2], times * block, *rest)[:, :, :tokens]
-
-    return jax.jit(draw)()
+    drawn = jax.random.normal(key, (layers, 1, 1, block, *rest), dtype) * 0.5
+    tiled = jnp.broadcast_to(drawn, (layers, batch, times, block, *rest))
+    return tiled.reshape(layers, batch, times * block, *rest)[:, :, :tokens]
 
 
 def with_length(cache: ModelCache, length: int | jax.Array) -> ModelCache:

@@ -54,7 +54,7 @@ class Settings:
     """Models to decode with; --prefill measures the hybrid, and KDA alone."""
     batch: int | None = None
     """Sequences in place of the largest number that fits."""
-    max_batch: int = 1024
+    max_batch: int = 4096
     """More are not tried."""
     memory_gib: float | None = None
     """Memory for weights, caches and temporaries; the default is what JAX takes of the card."""
