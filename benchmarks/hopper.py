@@ -39,6 +39,14 @@ FULL_WIDTH = [
     cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="softplus"),
     cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="slow", beta_max=2.0),
     cases.Case("channel", T=1000, K=128, V=128, B=2, H=2, HV=4, decay="softplus", segments="packed"),
+    # Heads of which two warpgroups share a state column.
+    cases.Case("none", T=1000, K=256, V=256, H=2, HV=4, beta_max=2.0),
+    cases.Case("none", T=520, K=256, V=512, keys="identical", beta_max=2.0, normalize=False),
+    cases.Case("none", T=4100, K=200, V=128, H=1, HV=2, beta_max=2.0),
+    cases.Case("head", T=1000, K=256, V=512, H=2, HV=2, decay="softplus"),
+    cases.Case("head", T=1000, K=256, V=256, H=2, HV=4, decay="slow", beta_max=2.0),
+    cases.Case("head", T=1000, K=256, V=512, B=2, decay="slow", segments="packed"),
+    cases.Case("head", T=4100, K=256, V=64, H=1, HV=2, decay="slow", beta_max=2.0),
     # Long enough for few heads to be split into runs.
     cases.Case("none", T=4100, K=128, V=128, H=1, HV=2, beta_max=2.0),
     cases.Case("head", T=4100, K=128, V=128, H=1, HV=2, decay="slow", beta_max=2.0),
@@ -63,6 +71,8 @@ class Options:
     """With --check: i, n to take every n-th case from the i-th; compiling is slow, so run several at once."""
     backward: bool = False
     """Also time forward + backward."""
+    implementation: str = "pallas"
+    """What is timed: "chunked" for the plain form on the same card."""
     json: str | None = None
     """File for the full numbers."""
     profile: int = 0
@@ -157,7 +167,7 @@ def main(options: Options) -> int:
         if not options.selects(p):
             continue
         args, do = problems.arguments(p, jax.random.key(int(time.time())))
-        f = problems.function(p, "pallas")
+        f = problems.function(p, options.implementation)
 
         def both(do, *args, f=f):
             o, pull = jax.vjp(f, *args)

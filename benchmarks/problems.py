@@ -25,7 +25,8 @@ class Problem:
 
     def __str__(self):
         heads = f"{self.H}" if self.H == self.HV else f"{self.H}({self.HV})"
-        return f"{self.gate} {self.B}x{self.T}x{heads}"
+        size = "" if self.K == self.V == 128 else f" {self.K}x{self.V}"
+        return f"{self.gate} {self.B}x{self.T}x{heads}{size}"
 
 
 def _all() -> list[Problem]:
@@ -34,6 +35,12 @@ def _all() -> list[Problem]:
     for gate in ("delta", "gated", "kda_safe", "kda_softplus"):
         out += [Problem(gate, B, T, H, H) for B, T, H in long]
     out += [Problem("gated", 1, 8192, 16, 32), Problem("kda_safe", 1, 8192, 96, 96)]
+    # Heads as wide as the Gated DeltaNet paper's.
+    out += [
+        Problem(gate, B, T, 8, 8, 256, 512)
+        for gate in ("delta", "gated")
+        for B, T in ((16, 2048), (1, 32768))
+    ]
     return out
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.gpu.gradient_parts import (
     MULTIPROCESSORS,
     PartInputs,
     Parts,
-    num_chunks,
+    num_turns,
     part_tiles,
 )
 from pallas_kernels.gpu.tiles import (
@@ -123,7 +123,7 @@ def channel_gradients(
         ),
         out_type=(grads, grads, grads, per_token, *[of_parts] * (gate is not None)),
         scratch_types=scratch,
-        grid=(min(MULTIPROCESSORS, num_chunks(values.states)),),
+        grid=(min(MULTIPROCESSORS, num_turns(values.states)),),
         grid_names=("block",),
         num_threads=warpgroups,
         thread_name="warpgroup",
@@ -178,13 +178,13 @@ def _body(
     G_mine = G_tile.at[:, mine]
 
     def load_g(n, barrier):
-        b, h, c = walk.place(n)
+        b, h, c, _ = walk.place(n)
         for half in range(warpgroups):
             source = g_ref.at[b, pl.ds(c * CHUNK, CHUNK), h, pl.ds(half * HALF, HALF)]
             plgpu.copy_gmem_to_smem(source, g_tile.at[half], barrier)
 
     def load_chunk(n):
-        b, h, c = walk.place(n)
+        b, h, c, _ = walk.place(n)
         here = pl.ds(c * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile.at[pl.ds(0, 2)], chunk_loaded)
         plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c, 0], column_tile.at[BETA], chunk_loaded)
@@ -209,7 +209,7 @@ def _body(
 
     @pl.loop(0, walk.count)
     def _chunk(n):
-        b, h, c = walk.place(n)
+        b, h, c, _ = walk.place(n)
         # Unknown to the compiler, so that it computes addresses here and not, to be spilled, before the loop.
         zero = zero_tile[0]
         me = wg + zero

@@ -17,6 +17,7 @@ from pallas_kernels.gpu.head_gradients import head_gradients
 from pallas_kernels.gpu.recurrence import Chunks, Kept, Plan, walk
 from pallas_kernels.gpu.recurrence_back import walk_back
 from pallas_kernels.gpu.relations import head_relations
+from pallas_kernels.gpu.sides import SIDE
 from pallas_kernels.gpu.tiles import CHUNK
 
 
@@ -55,7 +56,7 @@ def head_forward(
     """The recurrence without a gate or with a per-head gate.
 
     Args:
-      q, k: [B, T, H, K]; v: [B, T, HV, V], all bf16 or all f16; T a multiple of 8, K 64 or 128, V of 64.
+      q, k: [B, T, H, K]; v: [B, T, HV, V], all bf16 or all f16; T a multiple of 8, K 64, 128 or 256, V of 64.
       beta: [B, t, HV] float32 with t in T - 7..T; tokens past t have no effect.
       g: [B, t, HV] log decay in -100..0, float32, or None.
       state: [B, HV, V, K] float32, the transposed initial state, or None for zeros.
@@ -70,7 +71,7 @@ def head_forward(
     tokens = by_chunk(beta, jnp.zeros_like(beta) if g is None else g)
     solve, p, factors = head_relations(q, k, tokens, gated=gated, normalize=normalize, scale=scale)
     chunks = Chunks(q, k, None, solve, p, factors, None)
-    o, final, kept = walk(chunks, v, state, gated=gated, plan=plan(v, channel=False), keep=keep)
+    o, final, kept = walk(chunks, v, state, gated=gated, plan=plan(v, q.shape[-1], channel=False), keep=keep)
     return o, final, None if kept is None else Saved(kept, solve, p, factors)
 
 
@@ -102,12 +103,13 @@ def head_backward(
     kept, solve, p, factors = saved
     chunks = Chunks(q, k, None, solve, p, factors, None)
     dr, dv, dstates, dinitial = walk_back(
-        chunks, do, dfinal, kept.moved, gated=gated, plan=plan(v, channel=False)
+        chunks, do, dfinal, kept.moved, gated=gated, plan=plan(v, q.shape[-1], channel=False)
     )
     values = PartInputs(do, dr, kept.written, kept.states, dstates)
     dq, dk, dbeta, dG = head_gradients(q, k, factors, values, gated=gated, normalize=normalize, scale=scale)
     dg = by_token(lax.cumsum(dG, axis=3, reverse=True)) if gated else None
-    return over_group(dq, q), over_group(dk, k), dv, by_token(dbeta), dg, dinitial
+    dq, dk = over_group(dq, q, normalize), over_group(dk, k, normalize)
+    return dq, dk, dv, by_token(dbeta), dg, dinitial
 
 
 def by_token(x: jax.Array) -> jax.Array:
@@ -116,12 +118,20 @@ def by_token(x: jax.Array) -> jax.Array:
     return x.reshape(B, HV, NC * CHUNK).transpose(0, 2, 1)
 
 
-def over_group(dx: jax.Array, x: jax.Array) -> jax.Array:
-    """Gradients [B, T, HV, K] of each value head added up to those of x [B, T, H, K]."""
-    if dx.shape == x.shape:
-        return dx
+def over_group(dx: jax.Array, x: jax.Array, normalize: bool) -> jax.Array:
+    """Gradients [terms, B, T, HV, K] of each value head added up to those of x [B, T, H, K].
+
+    Two terms are float32 that has yet to be projected where x is normalised: ``dx - x (x . dx) / |x|^2``.
+    """
+    if dx.shape[1:] == x.shape and len(dx) == 1:
+        return dx[0]
     B, T, H, K = x.shape
-    return dx.reshape(B, T, H, -1, K).astype(jnp.float32).sum(axis=3).astype(x.dtype)
+    total = dx.reshape(-1, B, T, H, dx.shape[3] // H, K).astype(jnp.float32).sum(axis=(0, 4))
+    if len(dx) == 2 and normalize:
+        wide = x.astype(jnp.float32)
+        share = (wide * total).sum(axis=-1, keepdims=True)
+        total = total - wide * (share / ((wide * wide).sum(axis=-1, keepdims=True) + 1e-6))
+    return total.astype(x.dtype)
 
 
 def channel_forward(
@@ -164,7 +174,7 @@ def channel_forward(
         scale=scale,
     )
     chunks = Chunks(queries, reads, keys, solve, p, tokens[:, :, :, :1], decay)
-    o, final, kept = walk(chunks, v, state, gated=True, plan=plan(v, channel=True), keep=keep)
+    o, final, kept = walk(chunks, v, state, gated=True, plan=plan(v, q.shape[-1], channel=True), keep=keep)
     return o, final, None if kept is None else ChannelSaved(kept, chunks)
 
 
@@ -195,7 +205,7 @@ def channel_backward(
       as `head_backward`, dg [B, T, HV, K] bf16; behind it the gradient of gate [HV, 2, K] float32 or None.
     """
     kept, chunks = saved
-    layout = plan(v, channel=True)
+    layout = plan(v, q.shape[-1], channel=True)
     dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, kept.moved, gated=True, plan=layout)
     values = PartInputs(do, dr, kept.written, kept.states, dstates)
     dq, dk, dg, dbeta, *dA = channel_gradients(
@@ -215,7 +225,8 @@ def channel_backward(
         drate = dA[0].sum(axis=(0, 2, 3, 4)) / gate[:, 0, 0]  # [HV], one rate for all of K
         dbias = dg.astype(jnp.float32).sum(axis=(0, 1))  # [HV, K]
         dgate = jnp.stack([jnp.zeros_like(dbias).at[:, 0].set(drate), dbias], axis=1)
-    return over_group(dq, q), over_group(dk, k), dv, by_token(dbeta), dg, dgate, dinitial
+    dq, dk = over_group(dq[None], q, normalize), over_group(dk[None], k, normalize)
+    return dq, dk, dv, by_token(dbeta), dg, dgate, dinitial
 
 
 def all_present(beta: jax.Array, kind: jax.Array | None) -> bool:
@@ -236,11 +247,11 @@ def by_chunk(beta: jax.Array, other: jax.Array) -> jax.Array:
     return x.reshape(2, B, NC, CHUNK, HV).transpose(1, 4, 2, 0, 3)
 
 
-def plan(v: jax.Array, *, channel: bool) -> Plan:
+def plan(v: jax.Array, K: int, *, channel: bool) -> Plan:
     """The walk's layout, by how many heads there are to spread over the chip."""
     B, T, HV, V = v.shape
-    stages = 2 if channel else 3  # as many as shared memory holds
-    if V % 128 == 0 and B * HV >= MULTIPROCESSORS:
+    stages = 2 if channel or K > SIDE else 3  # as many as shared memory holds
+    if V % 128 == 0 and K <= SIDE and B * HV >= MULTIPROCESSORS:
         return Plan(warpgroups=2, stages=stages)
     # With few heads: as many runs of a sequence as have a multiprocessor each, if that makes the second pass
     # over the chunks worth while.

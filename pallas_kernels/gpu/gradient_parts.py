@@ -1,7 +1,8 @@
 """What the gradients of a chunk's tokens start from: values against states, and values against values.
 
-Persistent blocks go over the chunks; a warpgroup owns 64 channels of q's and k's gradients. Tiles come 64
-columns of the values at a time, through a ring of stages that is filled across chunks.
+Persistent blocks go over the chunks; a warpgroup owns 64 channels of q's and k's gradients, two of them
+128: of more, a chunk's sides of 128 channels come one after the other, as if they were chunks ("turns").
+Tiles come 64 columns of the values at a time, through a ring of stages that is filled across chunks.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
+from pallas_kernels.gpu.sides import sides_of
 from pallas_kernels.gpu.tiles import CHUNK, HALF, ROW, L, tile
 
 MULTIPROCESSORS = 132
@@ -55,6 +57,7 @@ class Sums(NamedTuple):
 
 def part_tiles(K: int, *, stages: int, state_stages: int, terms: int) -> PartTiles:
     """The ring's scratch for `plgpu.kernel`: parts in flight, and (as many or more) parts of the states."""
+    K = K // sides_of(K)
     warpgroups = K // HALF
     return PartTiles(
         left=tile((stages * 2, CHUNK, HALF), jnp.bfloat16),
@@ -101,21 +104,32 @@ class Parts:
     @property
     def warpgroups(self) -> int:
         """Of a block."""
-        return self.refs.states.shape[-1] // HALF
+        return self.refs.states.shape[-1] // self.sides // HALF
+
+    @property
+    def sides(self) -> int:
+        """Turns of a chunk."""
+        return sides_of(self.refs.states.shape[-1])
 
     @property
     def count(self):
-        """Chunks of this block."""
-        total = num_chunks(self.refs.states)
+        """Turns of this block."""
+        total = num_turns(self.refs.states)
         blocks = min(MULTIPROCESSORS, total)
         return lax.div(total - lax.axis_index("block") + (blocks - 1), blocks)
 
     def place(self, n):
-        """Batch row, head and chunk of the block's n-th chunk."""
+        """Batch row, head, chunk and side of the block's n-th turn."""
         _, HV, NC = self.refs.states.shape[:3]
-        at = lax.axis_index("block") + n * min(MULTIPROCESSORS, num_chunks(self.refs.states))
+        turn = lax.axis_index("block") + n * min(MULTIPROCESSORS, num_turns(self.refs.states))
+        at: Any = turn if self.sides == 1 else lax.div(turn, self.sides)
+        side = 0 if self.sides == 1 else lax.rem(turn, self.sides)
         # Heads first: what blocks load at a time lies together in memory.
-        return lax.div(at, HV * NC), lax.rem(at, HV), lax.rem(lax.div(at, HV), NC)
+        return lax.div(at, HV * NC), lax.rem(at, HV), lax.rem(lax.div(at, HV), NC), side
+
+    def channels(self, side, half):
+        """Which of K are some warpgroup's."""
+        return pl.ds((side * self.warpgroups + half) * HALF, HALF)
 
     @property
     def relations(self) -> list[Any]:
@@ -124,7 +138,7 @@ class Parts:
 
     def _load(self, t):  # the values of part t % parts of chunk t // parts
         refs, to, slot = self.refs, self.tiles, lax.rem(t, self.stages)
-        b, h, c, part = self._place_of_part(t)
+        b, h, c, _, part = self._place_of_part(t)
         here = pl.ds(c * CHUNK, CHUNK)
         bar = to.loaded.at[slot]
         plgpu.copy_gmem_to_smem(refs.do.at[b, here, h, part], to.left.at[2 * slot], bar)
@@ -137,14 +151,16 @@ class Parts:
 
     def _load_states(self, t):
         slot = lax.rem(t, self.state_stages)
-        b, h, c, part = self._place_of_part(t)
+        b, h, c, side, part = self._place_of_part(t)
         bar = self.tiles.states_loaded.at[slot]
-        plgpu.copy_gmem_to_smem(self.refs.states.at[b, h, c, part], self.tiles.state.at[slot], bar)
-        plgpu.copy_gmem_to_smem(self.refs.dstates.at[b, h, c, part], self.tiles.dstate.at[slot], bar)
+        width = self.warpgroups * HALF
+        here = (b, h, c, part, pl.ds(side * width, width))
+        plgpu.copy_gmem_to_smem(self.refs.states.at[here], self.tiles.state.at[slot], bar)
+        plgpu.copy_gmem_to_smem(self.refs.dstates.at[here], self.tiles.dstate.at[slot], bar)
 
     def _place_of_part(self, t):
-        b, h, c = self.place(lax.div(t, self.parts))
-        return b, h, c, pl.ds(lax.rem(t, self.parts) * HALF, HALF)
+        b, h, c, side = self.place(lax.div(t, self.parts))
+        return b, h, c, side, pl.ds(lax.rem(t, self.parts) * HALF, HALF)
 
     def start(self):
         """Fills the ring; called once, by every warpgroup."""
@@ -171,7 +187,7 @@ class Parts:
         return sum(every[1:], every[0])
 
     def sums(self, n) -> Sums:
-        """The sums of the block's n-th chunk; called for every n in order, by every warpgroup."""
+        """The sums of the block's n-th turn; called for every n in order, by every warpgroup."""
         wg, to = lax.axis_index("warpgroup"), self.tiles
         mine = pl.ds(wg * HALF, HALF)
         total = self.count * self.parts
@@ -224,7 +240,7 @@ class Parts:
         return Sums(asked, read, stored, more.pop() if self.gated else None, more)
 
 
-def num_chunks(states) -> int:
-    """Chunks of all heads, of states [B, HV, NC, ...]."""
-    B, HV, NC = states.shape[:3]
-    return B * HV * NC
+def num_turns(states) -> int:
+    """Turns of all heads' chunks, of states [B, HV, NC, V, K]."""
+    B, HV, NC, _, K = states.shape
+    return B * HV * NC * sides_of(K)

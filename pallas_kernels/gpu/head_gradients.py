@@ -13,11 +13,12 @@ from pallas_kernels.gpu.gradient_parts import (
     MULTIPROCESSORS,
     PartInputs,
     Parts,
-    num_chunks,
+    num_turns,
     part_tiles,
 )
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, NUM_FACTORS, OUT, QUERY, READ, SUM
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, HALF, ROW, columns, cut, iota, load, rows, tile
+from pallas_kernels.gpu.sides import sides_of
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, HALF, ROW, columns, cut, iota, load, rows, split, tile
 
 STAGES = 2
 
@@ -50,26 +51,29 @@ def head_gradients(
         dbeta = dR . U
         dG = q . x + k . y - k . z,  and for G_end  sum of keep beta k . (U dS^T) + decay <S, dS>
 
-    Without ``normalize`` the terms in q (q . x) and k (k . (y + z)) are absent. F and E enter products as two
+    Without ``normalize`` the terms in q (q . x) and k (k . (y + z)) are absent; and of K > 128, whose sides
+    do not meet: `delta_rule.over_group` adds them. F and E enter products as two
     terms: where keys repeat, U and dR alternate, and their sums are far smaller than they.
 
     Args:
-      q, k: [B, T, H, K] bf16; T a multiple of 8, K 64 or 128.
+      q, k: [B, T, H, K] bf16; T a multiple of 8, K 64, 128 or 256.
       factors: [B, HV, NC, 8, 64] float32.
       values: do, dr, U and states, V a multiple of 64.
       gated, normalize, scale: as for `head_relations`.
 
     Returns:
-      dq, dk [B, T, HV, K] bf16, of each value head; dbeta and the gradient of each token's G (a chunk's last
-      one with G_end's) [B, HV, NC, 64] float32.
+      dq, dk [terms, B, T, HV, K] bf16, of each value head (two terms where K > 128 is still to be projected);
+      dbeta and the gradient of each token's G (a chunk's last one with G_end's) [B, HV, NC, 64] float32.
     """
     B, T, H, K = q.shape
     HV, NC = factors.shape[1:3]
-    warpgroups = K // HALF
-    grads = jax.ShapeDtypeStruct((B, T, HV, K), jnp.bfloat16)
+    sides = sides_of(K)
+    warpgroups = K // sides // HALF
+    terms = 2 if normalize and sides > 1 else 1
+    grads = jax.ShapeDtypeStruct((terms, B, T, HV, K), jnp.bfloat16)
     kernel = plgpu.kernel(
         partial(_body, group=HV // H, gated=gated, normalize=normalize, scale=scale),
-        out_type=(grads, grads, jax.ShapeDtypeStruct((B, HV, NC, 2, CHUNK), jnp.float32)),
+        out_type=(grads, grads, jax.ShapeDtypeStruct((B, HV, NC, sides, 2, CHUNK), jnp.float32)),
         scratch_types=dict(
             part_tiles=part_tiles(K, stages=STAGES, state_stages=STAGES, terms=values.dr.shape[0]),
             q_tile=tile((warpgroups, CHUNK, HALF), jnp.bfloat16),
@@ -83,7 +87,7 @@ def head_gradients(
             leaving_tile=plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
             chunk_loaded=plgpu.Barrier(num_arrivals=3 + 2 * warpgroups),
         ),
-        grid=(min(MULTIPROCESSORS, num_chunks(values.states)),),
+        grid=(min(MULTIPROCESSORS, num_turns(values.states)),),
         grid_names=("block",),
         num_threads=warpgroups,
         thread_name="warpgroup",
@@ -91,7 +95,7 @@ def head_gradients(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     dq, dk, small = kernel(q, k, factors, values)
-    return dq, dk, small[..., 0, :], small[..., 1, :]
+    return dq, dk, small[:, :, :, 0, 0], small[..., 1, :].sum(axis=3)
 
 
 def _body(
@@ -122,17 +126,16 @@ def _body(
     wg = lax.axis_index("warpgroup")
     walk = Parts(values, part_tiles, gated)
     square = (CHUNK, HALF)
-    mine = pl.ds(wg * HALF, HALF)
     row, column = iota(0), iota(1)
 
     def load_chunk(n):
-        b, h, c = walk.place(n)
+        b, h, c, side = walk.place(n)
         here = pl.ds(c * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(factors_ref.at[b, h, c], factor_tile, chunk_loaded)
         for i, which in enumerate((BETA, SUM)):
             plgpu.copy_gmem_to_smem(factors_ref.at[b, h, c, which], column_tile.at[i], chunk_loaded)
         for half in range(walk.warpgroups):
-            channels = pl.ds(half * HALF, HALF)
+            channels = walk.channels(side, half)
             for ref, to in ((q_ref, q_tile), (k_ref, k_tile)):
                 plgpu.copy_gmem_to_smem(ref.at[b, here, h // group, channels], to.at[half], chunk_loaded)
 
@@ -152,7 +155,8 @@ def _body(
 
     @pl.loop(0, walk.count)
     def _chunk(n):
-        b, h, c = walk.place(n)
+        b, h, c, side = walk.place(n)
+        mine = walk.channels(side, wg)
         sums = sums_tile.at[wg]
         x, y, z, overlap, related = walk.sums(n)
         plgpu.barrier_wait(chunk_loaded)
@@ -170,7 +174,7 @@ def _body(
 
             @pl.when(i == 1)
             def _dbeta(r=r):
-                small_ref.at[b, h, c, 0][...] = jnp.where(row == column, r, 0.0).sum(axis=1)
+                small_ref.at[b, h, c, side, 0][...] = jnp.where(row == column, r, 0.0).sum(axis=1)
 
             r = r * by_column(0)
             if gated:
@@ -206,12 +210,19 @@ def _body(
             walk.summed(sums_tile, STORED),
         )
         w = y + z
-        if normalize:
+        if normalize and walk.sides == 1:
             m, n_key = by_token(QUERY) * (1 / scale), by_token(KEY)
             x = x - load(q) * rows(m * m * asked, square)
             w = w - load(k) * rows(n_key * n_key * (stored + reading), square)
-        q[...] = x.astype(jnp.bfloat16)
-        k[...] = w.astype(jnp.bfloat16)
+        q_terms, k_terms = [q], [k]
+        if dq_ref.shape[0] == 1:
+            q[...], k[...] = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+        else:  # F and E are done with
+            q_terms.append(f_tile.at[wg + zero])
+            k_terms.append(e_tile.at[wg + zero])
+            for to, terms in ((q_terms, split(x, jnp.bfloat16)), (k_terms, split(w, jnp.bfloat16))):
+                for t, term in zip(to, terms, strict=True):
+                    t[...] = term
 
         if gated:
 
@@ -220,12 +231,13 @@ def _body(
                 leaving = [plgpu.load(leaving_tile.at[w], layout=COLUMN) for w in range(walk.warpgroups)]
                 end = columns(sum(leaving[1:], leaving[0]), square)
                 last = jnp.where(row == CHUNK - 1, end, 0.0).sum(axis=1)
-                small_ref.at[b, h, c, 1][...] = asked + reading - stored + last
+                small_ref.at[b, h, c, side, 1][...] = asked + reading - stored + last
 
         plgpu.commit_smem()
         here = pl.ds(c * CHUNK, CHUNK)
-        plgpu.copy_smem_to_gmem(q, dq_ref.at[b, here, h, mine])
-        plgpu.copy_smem_to_gmem(k, dk_ref.at[b, here, h, mine])
+        for ref, tiles_of in ((dq_ref, q_terms), (dk_ref, k_terms)):
+            for i, t in enumerate(tiles_of):
+                plgpu.copy_smem_to_gmem(t, ref.at[i, b, here, h, mine])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         walk.meet()  # nobody still reads what the next chunk writes
 

@@ -1,10 +1,11 @@
 """The sequential half of every gate kind: the state walks over the chunks, 64 columns to a warpgroup.
 
 A warpgroup holds S^T [64, K] in float32 registers, so that every product takes its left side from registers
-and nothing but the chunk's tiles passes through shared memory. What rounding could let grow from chunk to
-chunk (S, R and V' as operands) enters the products as a sum of two half-precision numbers. Where operands are
-float16, every state column is kept in multiples of the largest number in it or its chunk of v (the recurrence
-is linear in both), so that nothing overflows, and S itself needs but one term.
+and nothing but the chunk's tiles passes through shared memory; of K > 128 two warpgroups hold 128 channels
+each (`sides`). What rounding could let grow from chunk to chunk (S, R and V' as operands) enters the products
+as a sum of two half-precision numbers. Where operands are float16, every state column is kept in multiples of
+the largest number in it or its chunk of v (the recurrence is linear in both), so that nothing overflows, and
+S itself needs but one term.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, OUT, READ
+from pallas_kernels.gpu.sides import Sides, scratch, sides_of, stages_of
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
 
 WIDTH = 64  # state columns of a warpgroup
@@ -48,7 +50,7 @@ class Plan:
     """How the walk is laid out on the chip.
 
     Attributes:
-      warpgroups: of a block; a block owns 64 state columns for each.
+      warpgroups: of a block, with K > 128 pairs of them (one); a block owns 64 state columns for each.
       stages: chunks in flight.
       runs: into how many runs of chunks the sequence is split, to occupy a chip that has few heads to walk.
     """
@@ -134,32 +136,36 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
     K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
     NC, num_factors = chunks.factors.shape[2:4]
     channel = chunks.keys is not None
-    stages, warpgroups = plan.stages, plan.warpgroups
-    scratch = dict(
-        k_tile=tile((stages, CHUNK, K), dtype),
+    stages, warpgroups, sides = plan.stages, plan.warpgroups, sides_of(K)
+    width, ring = K // sides, stages_of(stages, K)
+    shared: dict[str, Any] = scratch(K) | dict(
+        k_tile=tile((*ring, CHUNK, width), dtype),
         v_tile=tile((stages, warpgroups, CHUNK, WIDTH), v.dtype),
         t_tile=tile((stages, CHUNK, CHUNK), dtype),
         factor_tile=plgpu.SMEM((stages, num_factors, CHUNK), jnp.float32),
-        loaded=plgpu.Barrier(num_arrivals=3 + 2 * channel + 2 * outputs + warpgroups, num_barriers=stages),
-        free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        loaded=plgpu.Barrier(
+            num_arrivals=2 + outputs + sides * (1 + 2 * channel + outputs) + warpgroups, num_barriers=stages
+        ),
+        free=plgpu.Barrier(num_arrivals=warpgroups * sides, num_barriers=stages),
     )
     if channel:
-        scratch["key_tile"] = tile((stages, CHUNK, K), dtype)
-        scratch["decay_tile"] = plgpu.SMEM((stages, K), jnp.float32)
+        shared["key_tile"] = tile((*ring, CHUNK, width), dtype)
+        shared["decay_tile"] = plgpu.SMEM((*ring, width), jnp.float32)
+    shared["out_tiles"] = _out_tiles(
+        plan.warpgroups * sides, width, v.dtype, sides, outputs, outputs and keep
+    )
     if outputs:
-        scratch["q_tile"] = tile((stages, CHUNK, K), dtype)
-        scratch["p_tile"] = tile((stages, CHUNK, CHUNK), dtype)
-        scratch["out_tile"] = tile((1, warpgroups, CHUNK, WIDTH), v.dtype)
+        q_tile = tile((*ring, CHUNK, width), dtype)
+        # A side's product with the state goes where its part of q lay.
+        asked = tile((*ring, CHUNK, WIDTH), jnp.float32)
+        shared["q_tile"] = plgpu.RefUnion(q_tile, asked) if sides == 2 else q_tile
+        shared["p_tile"] = tile((stages, CHUNK, CHUNK), dtype)
         runs, rows_out = plan.runs, V
     else:
         runs, rows_out = plan.runs - 1 + keep, V + K
     states_out = jax.ShapeDtypeStruct((B, runs, HV, rows_out, K), jnp.float32)
     results: tuple[Any, ...] = (jax.ShapeDtypeStruct(v.shape, v.dtype), states_out)
     if keep and outputs:
-        # One after the other: the state, U's two terms, o.
-        scratch["out_tile"] = plgpu.RefUnion(
-            tile((2, warpgroups, CHUNK, WIDTH), jnp.bfloat16), tile((warpgroups, WIDTH, K), jnp.bfloat16)
-        )
         results += (
             jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16),
             jax.ShapeDtypeStruct((2, *v.shape), jnp.bfloat16),
@@ -167,16 +173,30 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
     kernel = plgpu.kernel(
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
         out_type=results if outputs else states_out,
-        scratch_types=scratch,
+        scratch_types=shared,
         grid=(rows_out // (WIDTH * warpgroups), HV, B * runs),
         grid_names=("columns", "head", "batch_run"),
-        num_threads=warpgroups,
+        num_threads=warpgroups * sides,
         thread_name="warpgroup",
         kernel_name="delta_walk" if outputs else "delta_runs",
         # Staging outputs already keeps the warps together: `commit_smem` and `wait_smem_to_gmem`.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=outputs),
     )
     return kernel(chunks, v, state)
+
+
+def _out_tiles(warpgroups, width, dtype, sides, outputs, keep) -> Any:
+    """A warpgroup's own shared memory, for one after the other: the state, what sides share, U's terms, o."""
+    several = 2 if keep or sides == 2 else 1
+    union = []
+    if outputs:
+        union.append(tile((warpgroups, several, CHUNK, WIDTH), dtype))
+    if keep:
+        union.append(tile((warpgroups, 2, CHUNK, WIDTH), jnp.bfloat16))
+        union.append(tile((warpgroups, 2 * CHUNK * WIDTH // width, width), jnp.bfloat16))
+    if sides == 2:
+        union.append(tile((warpgroups, CHUNK, WIDTH), jnp.float32))
+    return plgpu.RefUnion(*union) if len(union) > 1 else tuple(union)
 
 
 def _body(
@@ -196,18 +216,29 @@ def _body(
     outputs,
     q_tile=None,
     p_tile=None,
-    out_tile: Any = None,
+    out_tiles: Any = (),
     key_tile=None,
     decay_tile=None,
+    **met,
 ):
     o_ref, final_ref, *kept_refs = refs if outputs else (None, *refs)
-    out_tile, state_tile = out_tile if kept_refs else (out_tile, None)
+    own_tiles = list(out_tiles)
+    out_tile: Any = own_tiles.pop(0) if outputs else None
+    written_tile: Any = own_tiles.pop(0) if kept_refs else None
+    state_tile: Any = own_tiles.pop(0) if kept_refs else None
+    share_tile: Any = own_tiles.pop(0) if own_tiles else None
     h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
+    sides = Sides(chunks.reads.shape[-1], **met)
+    side, of_side = sides.mine, sides.channels(sides.mine)
+    asked_tile: Any = None
+    if sides.number == 2 and outputs:
+        q_tile, asked_tile = q_tile
     num_runs = final_ref.shape[1]
     b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
-    first_row = (lax.axis_index("columns") * plan.warpgroups + wg) * WIDTH
+    of_block = 0 if sides.number == 2 else wg  # which of the block's column tiles
+    first_row = (lax.axis_index("columns") * plan.warpgroups + of_block) * WIDTH
     mine = pl.ds(first_row, WIDTH)
-    K, dtype, V = chunks.reads.shape[-1], chunks.reads.dtype, v_ref.shape[-1]
+    width, dtype, V = sides.width, chunks.reads.dtype, v_ref.shape[-1]
     scaled = dtype == jnp.float16
     square = (WIDTH, CHUNK)
     channel = chunks.keys is not None
@@ -223,19 +254,32 @@ def _body(
     def load_chunk(i, slot):
         c, bar = start + i, loaded.at[slot]
         here = pl.ds(c * CHUNK, CHUNK)
-        of_chunk = (b, h, c) if channel else (b, here, h // group)
-        plgpu.copy_gmem_to_smem(v_ref.at[b, here, h, v_columns], v_tile.at[slot, wg], bar)
+        of_chunk = (b, h, c, slice(None)) if channel else (b, here, h // group)
+
+        def load_v():
+            plgpu.copy_gmem_to_smem(v_ref.at[b, here, h, v_columns], v_tile.at[slot, of_block], bar)
+
+        def by_sides(ref, to):
+            for i in range(sides.number):
+                plgpu.copy_gmem_to_smem(ref.at[*of_chunk, sides.channels(i)], sides.part(to, slot, i), bar)
+
+        if sides.number == 1:
+            load_v()
 
         @pl.when(wg == 0)
         def _shared():
-            plgpu.copy_gmem_to_smem(chunks.reads.at[of_chunk], k_tile.at[slot], bar)
+            if sides.number == 2:
+                load_v()
+            by_sides(chunks.reads, k_tile)
             plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.solve.at[b, h, c], t_tile.at[slot], bar)
             if channel:
-                plgpu.copy_gmem_to_smem(chunks.keys.at[b, h, c], key_tile.at[slot], bar)
-                plgpu.copy_gmem_to_smem(chunks.decay.at[b, h, c], decay_tile.at[slot], bar)
+                by_sides(chunks.keys, key_tile)
+                for i in range(sides.number):
+                    source = chunks.decay.at[b, h, c, sides.channels(i)]
+                    plgpu.copy_gmem_to_smem(source, sides.part(decay_tile, slot, i), bar)
             if outputs:
-                plgpu.copy_gmem_to_smem(chunks.queries.at[of_chunk], q_tile.at[slot], bar)
+                by_sides(chunks.queries, q_tile)
                 plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
 
     @pl.loop(0, min(ahead, per_run) if even else lax.min(ahead, count))
@@ -243,13 +287,19 @@ def _body(
         load_chunk(i, i)
 
     if state_ref is not None:
-        S = plgpu.load(state_ref.at[b, run, h, mine], layout=L, optimized=False)
+        S = plgpu.load(state_ref.at[b, run, h, mine, of_side], layout=L, optimized=False)
         S = S * 1.0  # in a shard_map what is loaded varies over the mesh, unlike what the loop makes of it
     elif outputs:
-        S = plgpu.layout_cast(jnp.zeros((WIDTH, K), jnp.float32), L)
+        S = plgpu.layout_cast(jnp.zeros((WIDTH, width), jnp.float32), L)
     else:
-        row, column = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, K), axis, layout=L) for axis in (0, 1))
-        S = jnp.where(column == row + (first_row - V), 1.0, 0.0)
+        row, column = (plgpu.broadcasted_iota(jnp.int32, (WIDTH, width), axis, layout=L) for axis in (0, 1))
+        S = jnp.where(column == row + (first_row - V - side * width), 1.0, 0.0)
+
+    def first_side(f):
+        if sides.number == 1:
+            f()
+        else:
+            pl.when(side == 0)(f)
 
     def step(i, carry):
         S, unit = carry  # S^T [V, K] in multiples of unit [V]
@@ -260,7 +310,7 @@ def _body(
             return columns(plgpu.load(factor.at[which], layout=COLUMN), square)
 
         def load_v():
-            v = plgpu.load(v_tile.at[slot, wg].transpose((1, 0)), layout=L).astype(jnp.float32)
+            v = plgpu.load(v_tile.at[slot, of_block].transpose((1, 0)), layout=L).astype(jnp.float32)
             if outputs:
                 return v
             of_state = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=L) + first_row < V
@@ -269,7 +319,7 @@ def _body(
         if scaled:
             plgpu.barrier_wait(loaded.at[slot])
             v = load_v()
-            most = jnp.maximum(jnp.abs(S).max(axis=1) * unit, jnp.abs(v).max(axis=1))
+            most = jnp.maximum(sides.most(jnp.abs(S).max(axis=1)) * unit, jnp.abs(v).max(axis=1))
             most = jnp.maximum(most, SMALLEST)
             root = lax.rsqrt(most)
             per_unit = root * root
@@ -286,17 +336,37 @@ def _body(
         if state_tile is not None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             entering = S * rows(unit, S.shape) if scaled else S
-            state_tile[wg] = entering.astype(jnp.bfloat16)
+            state = state_tile.at[wg, pl.ds(0, WIDTH)]
+            state[...] = entering.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(state_tile.at[wg], kept_refs[0].at[b, h, start + i, mine])
+            plgpu.copy_smem_to_gmem(state, kept_refs[0].at[b, h, start + i, mine, of_side])
 
-        kt = k_tile.at[slot].transpose((1, 0))
+        kt = sides.part(k_tile, slot).transpose((1, 0))
         reads = [(term, kt) for term in S_terms]
+
+        def shared(x, before=lambda: None):
+            if outputs:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            return sides.add(share_tile, x, before=before)
+
         if outputs:
-            asks = [(S_terms[0], q_tile.at[slot].transpose((1, 0)))]
-            R, o = tiles.product_beside(CHUNK, reads, asks, residual)  # [V, C]
+            asks = [(S_terms[0], sides.part(q_tile, slot).transpose((1, 0)))]
+            if sides.number == 1:
+                R, o = tiles.product_beside(CHUNK, reads, asks, residual)  # [V, C]
+            else:
+                kS, o = tiles.product_beside(CHUNK, reads, asks, lambda x: x)
+
+                def share_asked():
+                    @pl.when(side == 1)
+                    def _asked():
+                        asked_tile[slot, 1] = o
+
+                R = residual(shared(kS, share_asked))
         else:
-            R = residual(tiles.product(CHUNK, *reads))
+            kS = tiles.product(CHUNK, *reads)
+            R = residual(kS if sides.number == 1 else shared(kS))
+        if sides.number == 2:
+            sides.take()
 
         @pl.when(i + ahead < count)
         def _prefetch():
@@ -312,46 +382,63 @@ def _body(
         strong = split(R * by_token(BETA), dtype)
         written = tiles.add_products((R, [(term, tt) for term in strong]))[0]  # U^T [V, C]
 
+        if sides.number == 2:
+            sides.wait_taken()
         if state_tile is not None:
             terms = split(written * rows(unit, square) if scaled else written, jnp.bfloat16)
             here = pl.ds((start + i) * CHUNK, CHUNK)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for j, term in enumerate(terms):
-                out_tile.at[j, wg].transpose((1, 0))[...] = term
+                written_tile.at[wg, j].transpose((1, 0))[...] = term
             plgpu.commit_smem()
-            for j in range(2):
-                plgpu.copy_smem_to_gmem(out_tile.at[j, wg], kept_refs[1].at[j, b, here, h, mine])
+
+            def keep_written():
+                for j in range(2):
+                    plgpu.copy_smem_to_gmem(written_tile.at[wg, j], kept_refs[1].at[j, b, here, h, mine])
+
+            first_side(keep_written)
         values = written * by_token(BETA)
         new_terms = kept_terms = split(values, dtype)
         if channel:
-            S = S * columns(plgpu.load(decay_tile.at[slot], layout=COLUMN), S.shape)
+            S = S * columns(plgpu.load(sides.part(decay_tile, slot), layout=COLUMN), S.shape)
         elif gated:
             kept_terms = split(values * by_token(KEEP), dtype)
             S = S * rows(plgpu.load(factor.at[DECAY], layout=ROW), S.shape)
-        keys = key_tile.at[slot] if channel else k_tile.at[slot]
+        keys = sides.part(key_tile if channel else k_tile, slot)
         kept = [(term, keys) for term in kept_terms]
         if outputs:
-            if not channel:
-                o = o * by_token(OUT)
-            pt = p_tile.at[slot].transpose((1, 0))
-            S, o = tiles.add_products((S, kept), (o, [(term, pt) for term in new_terms]))  # [V, K], [V, C]
+            asked = [(term, p_tile.at[slot].transpose((1, 0))) for term in new_terms]
+        if outputs and sides.number == 1:
+            S, o = tiles.add_products(
+                (S, kept), (o if channel else o * by_token(OUT), asked)
+            )  # [V, K], [V, C]
         else:
             S = tiles.add_products((S, kept))[0]
+
+        def leave(o):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if scaled:
+                o = o * rows(unit, square)
+            out_tile.at[wg, 0].transpose((1, 0))[...] = o.astype(out_tile.dtype)
+            plgpu.commit_smem()
+            here = pl.ds((start + i) * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(out_tile.at[wg, 0], o_ref.at[b, here, h, mine])
+
+        if outputs and sides.number == 2:
+
+            @pl.when(side == 0)
+            def _both():
+                both = o + tiles.load(asked_tile.at[slot, 1])
+                leave(tiles.add_products((both if channel else both * by_token(OUT), asked))[0])
 
         @pl.when(i + stages < count)  # somebody will wait
         def _free():
             plgpu.barrier_arrive(free.at[slot])
 
-        if outputs:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if scaled:
-                o = o * rows(unit, square)
-            out_tile.at[0, wg].transpose((1, 0))[...] = o.astype(out_tile.dtype)
-            plgpu.commit_smem()
-            here = pl.ds((start + i) * CHUNK, CHUNK)
-            plgpu.copy_smem_to_gmem(out_tile.at[0, wg], o_ref.at[b, here, h, mine])
+        if outputs and sides.number == 1:
+            leave(o)
         return S, unit
 
     S, unit = lax.fori_loop(0, count, step, (S, constant(1.0, ROW)))
-    final_ref.at[b, run, h, mine][...] = S * rows(unit, S.shape) if scaled else S
+    final_ref.at[b, run, h, mine, of_side][...] = S * rows(unit, S.shape) if scaled else S
     plgpu.wait_smem_to_gmem(0)

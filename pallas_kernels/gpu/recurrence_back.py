@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.recurrence import SMALLEST, WIDTH, Chunks, Plan, run_states
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, OUT, READ
+from pallas_kernels.gpu.sides import Sides, scratch, sides_of, stages_of
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
 
 
@@ -62,37 +63,41 @@ def _call(chunks, do, state, gated, plan, *, outputs):
     K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
     NC, num_factors = chunks.factors.shape[2:4]
     channel = chunks.keys is not None
-    stages, warpgroups = plan.stages, plan.warpgroups
-    scratch = dict(
-        q_tile=tile((stages, CHUNK, K), dtype),
-        k_tile=tile((stages, CHUNK, K), dtype),
+    stages, warpgroups, sides = plan.stages, plan.warpgroups, sides_of(K)
+    width, ring = K // sides, stages_of(stages, K)
+    shared: dict[str, Any] = scratch(K) | dict(
+        q_tile=tile((*ring, CHUNK, width), dtype),
+        k_tile=tile((*ring, CHUNK, width), dtype),
         p_tile=tile((stages, CHUNK, CHUNK), dtype),
         t_tile=tile((stages, CHUNK, CHUNK), dtype),
         do_tile=tile((stages, warpgroups, CHUNK, WIDTH), do.dtype),
         factor_tile=plgpu.SMEM((stages, num_factors, CHUNK), jnp.float32),
-        loaded=plgpu.Barrier(num_arrivals=5 + 2 * channel + warpgroups, num_barriers=stages),
-        free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        loaded=plgpu.Barrier(num_arrivals=3 + sides * (2 + 2 * channel) + warpgroups, num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=warpgroups * sides, num_barriers=stages),
     )
     if channel:
-        scratch["key_tile"] = tile((stages, CHUNK, K), dtype)
-        scratch["decay_tile"] = plgpu.SMEM((stages, K), jnp.float32)
+        shared["key_tile"] = tile((*ring, CHUNK, width), dtype)
+        shared["decay_tile"] = plgpu.SMEM((*ring, width), jnp.float32)
     runs = plan.runs if outputs else plan.runs - 1
     results: Any = jax.ShapeDtypeStruct((B, runs, HV, V, K), jnp.float32)
+    # A warpgroup's own, one after the other: the state, gradients of values, what sides share.
+    terms = 1 if channel or not gated else 2  # of dR
+    several = 1 + terms if sides == 1 else 2
+    union = [tile((warpgroups * sides, CHUNK, WIDTH), jnp.float32)] if sides == 2 else []
     if outputs:
-        terms = 1 if channel or not gated else 2  # of dR
-        scratch["out_tile"] = plgpu.RefUnion(
-            tile((warpgroups, WIDTH, K), jnp.bfloat16),
-            tile((terms + 1, warpgroups, CHUNK, WIDTH), jnp.bfloat16),
-        )
+        union.append(tile((warpgroups * sides, several * CHUNK * WIDTH // width, width), jnp.bfloat16))
+        union.append(tile((warpgroups * sides, several, CHUNK, WIDTH), jnp.bfloat16))
+    shared["out_tiles"] = plgpu.RefUnion(*union) if len(union) > 1 else tuple(union)
+    if outputs:
         dr, dv = (jax.ShapeDtypeStruct((*lead, *do.shape), jnp.bfloat16) for lead in ((terms,), ()))
         results = (dr, dv, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
     kernel = plgpu.kernel(
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
         out_type=results,
-        scratch_types=scratch,
+        scratch_types=shared,
         grid=(V // (WIDTH * warpgroups), HV, B * runs),
         grid_names=("columns", "head", "batch_run"),
-        num_threads=warpgroups,
+        num_threads=warpgroups * sides,
         thread_name="warpgroup",
         kernel_name="delta_walk_back" if outputs else "delta_runs_back",
         # Staging outputs already keeps the warps together: `commit_smem` and `wait_smem_to_gmem`.
@@ -120,16 +125,23 @@ def _body(
     outputs,
     key_tile=None,
     decay_tile=None,
-    out_tile: Any = (None, None),
+    out_tiles: Any = (),
+    **met,
 ):
     *out_refs, first_ref = refs
-    state_tile, values_tile = out_tile
+    own_tiles = list(out_tiles)
+    sides = Sides(chunks.reads.shape[-1], **met)
+    side, of_side = sides.mine, sides.channels(sides.mine)
+    share_tile: Any = own_tiles.pop(0) if sides.number == 2 else None
+    state_tile: Any = own_tiles.pop(0) if own_tiles else None
+    values_tile: Any = own_tiles.pop(0) if own_tiles else None
     h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
     num_runs = first_ref.shape[1]
     b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
-    first_row = (lax.axis_index("columns") * plan.warpgroups + wg) * WIDTH
+    of_block = 0 if sides.number == 2 else wg  # which of the block's column tiles
+    first_row = (lax.axis_index("columns") * plan.warpgroups + of_block) * WIDTH
     mine = pl.ds(first_row, WIDTH)
-    K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
+    width, dtype = sides.width, chunks.reads.dtype
     scaled = dtype == jnp.float16
     square = (WIDTH, CHUNK)
     channel = chunks.keys is not None
@@ -146,29 +158,42 @@ def _body(
     def load_chunk(i, slot):
         c, bar = chunk_of(i), loaded.at[slot]
         here = pl.ds(c * CHUNK, CHUNK)
-        of_chunk = (b, h, c) if channel else (b, here, h // group)
-        plgpu.copy_gmem_to_smem(do_ref.at[b, here, h, mine], do_tile.at[slot, wg], bar)
+        of_chunk = (b, h, c, slice(None)) if channel else (b, here, h // group)
+
+        def load_do():
+            plgpu.copy_gmem_to_smem(do_ref.at[b, here, h, mine], do_tile.at[slot, of_block], bar)
+
+        def by_sides(ref, to):
+            for i in range(sides.number):
+                plgpu.copy_gmem_to_smem(ref.at[*of_chunk, sides.channels(i)], sides.part(to, slot, i), bar)
+
+        if sides.number == 1:
+            load_do()
 
         @pl.when(wg == 0)
         def _shared():
-            plgpu.copy_gmem_to_smem(chunks.reads.at[of_chunk], k_tile.at[slot], bar)
+            if sides.number == 2:
+                load_do()
+            by_sides(chunks.reads, k_tile)
             plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.solve.at[b, h, c], t_tile.at[slot], bar)
-            plgpu.copy_gmem_to_smem(chunks.queries.at[of_chunk], q_tile.at[slot], bar)
+            by_sides(chunks.queries, q_tile)
             if channel:
-                plgpu.copy_gmem_to_smem(chunks.keys.at[b, h, c], key_tile.at[slot], bar)
-                plgpu.copy_gmem_to_smem(chunks.decay.at[b, h, c], decay_tile.at[slot], bar)
+                by_sides(chunks.keys, key_tile)
+                for i in range(sides.number):
+                    source = chunks.decay.at[b, h, c, sides.channels(i)]
+                    plgpu.copy_gmem_to_smem(source, sides.part(decay_tile, slot, i), bar)
 
     @pl.loop(0, min(ahead, per_run) if even else lax.min(ahead, count))
     def _first(i):
         load_chunk(i, i)
 
     if state_ref is not None:
-        S = plgpu.load(state_ref.at[b, run, h, mine], layout=L, optimized=False)
+        S = plgpu.load(state_ref.at[b, run, h, mine, of_side], layout=L, optimized=False)
         S = S * 1.0  # in a shard_map what is loaded varies over the mesh, unlike what the loop makes of it
     else:
-        S = plgpu.layout_cast(jnp.zeros((WIDTH, K), jnp.float32), L)
+        S = plgpu.layout_cast(jnp.zeros((WIDTH, width), jnp.float32), L)
 
     def step(i, carry):
         S, unit = carry  # dS^T [V, K] in multiples of unit [V]
@@ -182,14 +207,15 @@ def _body(
         if outputs:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             leaving = S * rows(unit, S.shape) if scaled else S
-            state_tile[wg] = leaving.astype(jnp.bfloat16)
+            state = state_tile.at[wg, pl.ds(0, WIDTH)]
+            state[...] = leaving.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(state_tile.at[wg], out_refs[2].at[b, h, chunk_of(i), mine])
+            plgpu.copy_smem_to_gmem(state, out_refs[2].at[b, h, chunk_of(i), mine, of_side])
         plgpu.barrier_wait(loaded.at[slot])
-        do = plgpu.load(do_tile.at[slot, wg].transpose((1, 0)), layout=L)
+        do = plgpu.load(do_tile.at[slot, of_block].transpose((1, 0)), layout=L)
         if scaled:
             wide = do.astype(jnp.float32)
-            most = jnp.maximum(jnp.abs(S).max(axis=1) * unit, jnp.abs(wide).max(axis=1))
+            most = jnp.maximum(sides.most(jnp.abs(S).max(axis=1)) * unit, jnp.abs(wide).max(axis=1))
             most = jnp.maximum(most, SMALLEST)
             root = lax.rsqrt(most)
             per_unit = root * root
@@ -199,11 +225,16 @@ def _body(
         else:
             S_terms = split(S, dtype)
 
-        kt = (key_tile if channel else k_tile).at[slot].transpose((1, 0))
+        kt = sides.part(key_tile if channel else k_tile, slot).transpose((1, 0))
         kept, own = [(term, kt) for term in S_terms], (do, p_tile.at[slot])
-        if gated and not channel:
+        if sides.number == 2 or (gated and not channel):
             added, stored = tiles.product_beside(CHUNK, [own], kept, lambda x: x)  # [V, C]
-            dvalues = added + stored * by_token(KEEP)
+            if sides.number == 2:
+                if outputs:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                stored = sides.add(share_tile, stored)
+                sides.take()
+            dvalues = added + (stored * by_token(KEEP) if gated and not channel else stored)
         else:
             dvalues = tiles.product(CHUNK, own, *kept)
 
@@ -223,7 +254,7 @@ def _body(
         ]  # dR^T [V, C]
 
         if channel:
-            S = S * columns(plgpu.load(decay_tile.at[slot], layout=COLUMN), S.shape)
+            S = S * columns(plgpu.load(sides.part(decay_tile, slot), layout=COLUMN), S.shape)
             asked: tuple[jax.Array, ...] = (do,)
         else:
             if gated:
@@ -231,9 +262,12 @@ def _body(
             asked = split(do.astype(jnp.float32) * by_token(OUT), dtype)
         dvalues = dr * by_token(BETA)
         read = split(-dvalues if channel else dvalues * -by_token(READ), dtype)
-        back = [(term, q_tile.at[slot]) for term in asked] + [(term, k_tile.at[slot]) for term in read]
+        back = [(term, sides.part(q_tile, slot)) for term in asked]
+        back += [(term, sides.part(k_tile, slot)) for term in read]
         S = tiles.add_products((S, back))[0]  # [V, K]
 
+        if sides.number == 2:
+            sides.wait_taken()
         if outputs:
             if scaled:
                 dr, dvalues = dr * rows(unit, square), dvalues * rows(unit, square)
@@ -242,12 +276,23 @@ def _body(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # they lie where the state did
             dr_ref, dv_ref = out_refs[:2]
             terms = split(dr, jnp.bfloat16)[: dr_ref.shape[0]]
-            for j, x in enumerate((dvalues.astype(jnp.bfloat16), *terms)):
-                values_tile.at[j, wg].transpose((1, 0))[...] = x
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(values_tile.at[0, wg], dv_ref.at[b, here, h, mine])
-            for j in range(len(terms)):
-                plgpu.copy_smem_to_gmem(values_tile.at[1 + j, wg], dr_ref.at[j, b, here, h, mine])
+            leaving = [
+                (dvalues.astype(jnp.bfloat16), dv_ref),
+                *[(x, dr_ref.at[j]) for j, x in enumerate(terms)],
+            ]
+
+            def leave(leaving):
+                for j, (x, _) in enumerate(leaving):
+                    values_tile.at[wg, j].transpose((1, 0))[...] = x
+                plgpu.commit_smem()
+                for j, (_, ref) in enumerate(leaving):
+                    plgpu.copy_smem_to_gmem(values_tile.at[wg, j], ref.at[b, here, h, mine])
+
+            if sides.number == 1:
+                leave(leaving)
+            else:  # both have the same values
+                pl.when(side == 0)(lambda: leave(leaving[:1]))
+                pl.when(side == 1)(lambda: leave(leaving[1:]))
 
         @pl.when(i + stages < count)  # somebody will wait
         def _free():
@@ -256,5 +301,5 @@ def _body(
         return S, unit
 
     S, unit = lax.fori_loop(0, count, step, (S, constant(1.0, ROW)))
-    first_ref.at[b, run, h, mine][...] = S * rows(unit, S.shape) if scaled else S
+    first_ref.at[b, run, h, mine, of_side][...] = S * rows(unit, S.shape) if scaled else S
     plgpu.wait_smem_to_gmem(0)

@@ -36,7 +36,7 @@ def head_relations(
         factors = beta, n^2 exp(G), scale m exp(G), exp(G_end - G), exp(G_end), n, scale m, G
 
     Args:
-      q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64 or 128.
+      q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64, 128 or 256.
       tokens: [B, HV, NC, 2, 64] float32, beta and log decay (in -100..0) of each token; zeros past T.
       gated: whether there is a decay.
       normalize: whether q and k are to be L2-normalised.

@@ -69,6 +69,7 @@ INTERPRETED = [
     cases.Case("none", T=130, K=64, V=64, H=1, HV=2, beta_max=2.0),
     cases.Case("head", T=130, K=64, V=64, decay="softplus", segments="packed"),
     cases.Case("channel", T=130, K=64, V=64, decay="bounded"),
+    pytest.param(cases.Case("none", T=65, K=256, V=64, beta_max=2.0), marks=pytest.mark.slow),
 ]
 
 
@@ -98,6 +99,7 @@ GRADIENTS = [
     cases.Case("channel", T=130, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False),
     cases.Case("channel", T=65, K=64, V=64, decay="slow"),
     cases.Case("channel", T=130, K=64, V=64, decay="half50", beta_max=2.0, initial=False),
+    cases.Case("head", T=65, K=256, V=64, decay="softplus", segments="packed"),
 ]
 
 
@@ -111,6 +113,9 @@ def test_interpreted_backward_agrees_with_the_recurrence(case, monkeypatch):
     [
         cases.Case("head", T=300, K=64, V=64, H=1, HV=2, decay="slow", beta_max=2.0),
         cases.Case("channel", T=300, K=64, V=64, decay="slow"),
+        pytest.param(
+            cases.Case("none", T=300, K=256, V=64, beta_max=2.0, normalize=False), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -231,6 +236,7 @@ def test_lowers_for_cuda(case, dtype, monkeypatch):
     [
         (cases.Case("none", T=4100, K=128, V=128), True),
         (cases.Case("none", T=130, K=64, V=256, HV=2, segments="packed"), False),
+        (cases.Case("head", T=130, K=256, V=512), False),
     ],
     ids=str,
 )
@@ -266,27 +272,46 @@ def test_lowers_inside_shard_map(gate, monkeypatch):
 
 
 def test_few_heads_walk_in_runs():
-    def plan(B, T, HV, V=128):
-        return delta_rule.plan(jax.ShapeDtypeStruct((B, T, HV, V), jnp.bfloat16), channel=False)
+    def plan(B, T, HV, V=128, K=128):
+        return delta_rule.plan(jax.ShapeDtypeStruct((B, T, HV, V), jnp.bfloat16), K, channel=False)
 
     assert plan(16, 2048, 16) == recurrence.Plan(warpgroups=2, stages=3)
     assert plan(1, 32768, 16) == recurrence.Plan(warpgroups=1, stages=3, runs=4)
     assert plan(1, 2048, 16).runs == 1  # too short
     assert plan(4, 8192, 16).runs == 1  # heads enough
+    assert plan(16, 2048, 16, K=256) == recurrence.Plan(warpgroups=1, stages=2)
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         (dict(dtype="float32"), "must be all bfloat16 or all float16"),
-        (dict(K=256), "head size K is at most 128"),
+        (dict(gate="channel", K=256), "head size K is at most 128"),
         (dict(segments="states"), "num_segments"),
         (dict(chunk_size=32), "chunk_size is 64"),
     ],
 )
 def test_says_what_it_does_not_support(change, why, monkeypatch):
     monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
-    case = cases.Case("none", T=64, K=change.get("K", 64), V=64, segments=change.get("segments", "none"))
+    case = cases.Case(
+        change.get("gate", "none"), T=64, K=change.get("K", 64), V=64, segments=change.get("segments", "none")
+    )
     x = cases.arrays(case, jnp.dtype(change.get("dtype", "bfloat16")))
     with pytest.raises(NotImplementedError, match=why):
         cases.call(case, x, "pallas", change.get("chunk_size"))
+
+
+@pytest.mark.parametrize(("K", "kernels"), [(128, True), (256, False)])
+def test_unproven_kernels_run_only_when_asked_for(K, kernels, monkeypatch):
+    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
+    case = cases.Case("head", T=64, K=K, V=64)
+    x = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cases.arrays(case, jnp.dtype("bfloat16"))
+    )
+
+    def text(implementation):
+        traced = jax.jit(lambda x: cases.call(case, x, implementation)).trace(x)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "mosaic_gpu" in text("pallas")
+    assert ("mosaic_gpu" in text(None)) == kernels
