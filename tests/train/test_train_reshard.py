@@ -1,4 +1,4 @@
-"""A run goes on, on another mesh, along the curve that it would have had on its own."""
+"""A sharded run has the curve of one device, and goes on along it on another mesh."""
 
 import json
 import subprocess
@@ -24,6 +24,8 @@ from pathlib import Path
 from train.__main__ import main
 
 directory, common, others = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+one = [*common, "--mesh.data", "1", "--run-dir", str(directory / "one")]
+assert main([*one, "--checkpoint.every", "6"]) == 0
 whole = [*common, "--mesh.data", "1", "--mesh.fsdp", "8", "--run-dir", str(directory / "whole")]
 assert main(whole) == 0
 shutil.rmtree(directory / "whole" / "checkpoints" / "6")
@@ -31,6 +33,11 @@ for name, mesh in others.items():
     shutil.copytree(directory / "whole", directory / name)
     assert main([*common, *mesh, "--run-dir", str(directory / name)]) == 0
 """
+
+
+def evaluated(directory):
+    """The last step's evaluation."""
+    return read_metrics(directory / "metrics.jsonl")[-1]["eval_loss"]
 
 
 def gates(directory):
@@ -42,18 +49,22 @@ def gates(directory):
 @pytest.mark.parametrize(
     "optimizer, others",
     [
-        ("adamw", ["data 2, tensor 4"]),
+        ("muon", ["data 2, tensor 4"]),  # it has AdamW within it
         *(pytest.param(name, [*OTHERS], marks=pytest.mark.slow) for name in ("adamw", "muon", "adafactor")),
     ],
 )
-def test_a_checkpoint_of_one_mesh_continues_on_others(tmp_path, optimizer, others):
+def test_a_run_has_one_devices_curve_and_continues_it_on_other_meshes(tmp_path, optimizer, others):
     text = write_text(tmp_path / "text.jsonl")
     common = [
         *TINY,
         "--data.files",
         str(text),
         "--data.batch-size",
-        "8",
+        "16",
+        "--optimizer.accumulate",
+        "2",
+        "--preset",
+        "tiny_kda",
         "--steps",
         "6",
         "--model.num-heads",
@@ -77,10 +88,11 @@ def test_a_checkpoint_of_one_mesh_continues_on_others(tmp_path, optimizer, other
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("at step 3") == len(others)
-    whole = losses(tmp_path / "whole")
+    one, whole = losses(tmp_path / "one"), losses(tmp_path / "whole")
     assert whole[6] < whole[1]
-    for name in others:
-        resumed = losses(tmp_path / name)
-        assert list(resumed) == list(range(1, 7))
-        assert list(resumed.values()) == pytest.approx(list(whole.values()), rel=RTOL), name
+    for name in ("whole", *others):
+        found = losses(tmp_path / name)
+        assert list(found) == list(one) == list(range(1, 7))
+        assert list(found.values()) == pytest.approx(list(one.values()), rel=RTOL), name
+        assert evaluated(tmp_path / name) == pytest.approx(evaluated(tmp_path / "one"), rel=RTOL), name
         assert gates(tmp_path / name) == pytest.approx(gates(tmp_path / "whole"), rel=1e-4), name
