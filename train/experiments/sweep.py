@@ -67,6 +67,9 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None], command: str = 
         for run in (run for group in runs for run in group):
             run.compiled = pool.submit(run.learner.compile, len(lanes), options.eval_lengths)
         for i, group in enumerate(runs):
+            for run in group:
+                assert run.compiled is not None
+                run.compiled.result()
             deadline = None
             if options.budget_seconds is not None:
                 left = options.budget_seconds - (time.monotonic() - started)
@@ -80,7 +83,12 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None], command: str = 
     return found
 
 
-def _make(options: SweepOptions, task_name: str, length: int, mixer: str) -> _Run:
+def make_learner(options: SweepOptions, task_name: str, length: int, mixer: str) -> Learner:
+    """What trains the models of one task, length and mixer.
+
+    Raises:
+        ConfigError: sizes that the models refuse.
+    """
     kind, negative = names.MIXERS[mixer]
     task = options.task(task_name)
     try:
@@ -112,7 +120,11 @@ def _make(options: SweepOptions, task_name: str, length: int, mixer: str) -> _Ru
         data_seed=options.data_seed,
         lanes=options.lanes,
     )
-    learner = Learner(config, task, length, plan)
+    return Learner(config, task, length, plan)
+
+
+def _make(options: SweepOptions, task_name: str, length: int, mixer: str) -> _Run:
+    learner = make_learner(options, task_name, length, mixer)
     lanes = [
         {"learning_rate": rate, "seed": seed} for rate in options.learning_rates for seed in options.seeds
     ]
@@ -128,9 +140,6 @@ def _train(
     save: Callable[[], None],
 ) -> None:
     """Trains a task's mixers in turns until each has the target, all steps, or the time is over."""
-    for run in group:
-        assert run.compiled is not None
-        run.compiled.result()
     active = list(group)
     while active:
         for run in list(active):
