@@ -6,10 +6,10 @@
 
 Every device has the same number of tokens: ``--batch`` rows of ``--seq-len`` with parameters split over all
 devices, and with context parallelism its share of one row of ``--context-len`` tokens (131,072 over 4 devices
-are 32,768 a device). One more run on a single device accumulates the gradients of the largest fsdp run's batch,
-whose losses that run must have. Each run is `benchmarks.train_step` in a process of its own; runs that fit
-beside one another on the devices go at once. ``--check`` fails where a run does or where these losses differ by
-more than ``--tolerance``.
+are 32,768 a device). One more run on a single device accumulates the gradients of the largest fsdp run's
+batch, whose losses that run must have. Each run is `benchmarks.train_step` in a process of its own; runs that
+fit beside one another on the devices go at once. ``--check`` fails where a run does or where these losses
+differ by more than ``--tolerance``.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Options:
     context_remat: Remat = "save_delta_rule"
     steps: int = 8
     tolerance: float = 2e-2
-    """Of losses, relative, over the first half of the steps: repeating one batch makes the later ones tiny."""
+    """Of losses, relative, in the first half of the steps: repeating one batch makes the later ones tiny."""
     timeout: float = 200.0
     """Seconds that a run may take."""
     check: bool = False
@@ -145,7 +145,7 @@ def report(options: Options, done: list[tuple[Run, dict]]) -> bool:
     """Prints the table; whether all is well."""
     ok = True
     print(
-        "preset, kind, devices | tokens/s | a device | of one | peak GiB | ms: collectives exposed/all, kernels"
+        "preset, kind, devices | tokens/s | a device | of one | peak GiB | ms exposed/in collectives, kernels"
     )
     single = {(r.preset, r.kind): row["tokens_per_s"] for r, row in done if row and r.devices == 1}
     for run, row in sorted(done, key=lambda x: (x[0].preset, x[0].kind, x[0].devices)):
