@@ -1,4 +1,4 @@
-"""The scaling benchmark's own logic: which runs go at once, what counts as an exposed collective, the verdict."""
+"""The scaling benchmark's own logic: which runs go at once, which collectives are exposed, the verdict."""
 
 from types import SimpleNamespace
 
