@@ -104,6 +104,7 @@ def check_jobs(topology: str) -> list[Job]:
     if topology.startswith("v6e"):
         variants += [
             dataclasses.replace(small, gates=("gated",), HV=8),
+            dataclasses.replace(small, gates=("kda_safe",)),
             dataclasses.replace(small, gates=("kda_softplus",), passes=("fwd",)),
         ]
     return [job for options in variants for job in jobs(options)]

@@ -25,7 +25,7 @@ class Case:
     gate: "none" (DeltaNet), "head" (Gated DeltaNet) or "channel" (KDA).
     decay: what the log decay looks like: "random", "zero", "slow" (about -1e-4), "strong" (about -5),
       "half50" (-50 on half of the tokens), "reset" (-inf on one token); or through the fused activation:
-      "softplus" (unbounded, large and small), "bounded" (lower_bound -5).
+      "softplus" (unbounded, large and small), "bounded" (by ``lower_bound``).
     keys: "random", "identical" (one unit vector for all tokens; its square sums to 1 exactly), "zero".
     segments: "none", "packed" (resets anywhere, padding before, between and behind), "states" (the same
       with num_segments).
@@ -44,6 +44,7 @@ class Case:
     segments: str = "none"
     normalize: bool = True
     initial: bool = True
+    lower_bound: float = -5.0
     slow_test: bool = False  # only in the long sweep
 
     def __str__(self):
@@ -52,6 +53,7 @@ class Case:
         extra += [self.segments] if self.segments != "none" else []
         extra += [f"beta{self.beta_max:g}"] if self.beta_max != 1 else []
         extra += [] if self.initial else ["no-state"]
+        extra += [f"bound{self.lower_bound:g}"] if self.lower_bound != -5 else []
         return "-".join([self.gate, shape, self.decay, *extra])
 
 
@@ -179,7 +181,8 @@ def call(case: Case, x: dict, implementation: str, chunk_size: int | None = None
         return ops.delta_rule(x["q"], x["k"], x["v"], x["beta"], **options)
     gate = None
     if "A_log" in x:
-        gate = ops.Gate(x["A_log"], x["dt_bias"], lower_bound=-5.0 if case.decay == "bounded" else None)
+        bound = case.lower_bound if case.decay == "bounded" else None
+        gate = ops.Gate(x["A_log"], x["dt_bias"], lower_bound=bound)
     op = ops.gated_delta_rule if case.gate == "head" else ops.kimi_delta_attention
     return op(x["q"], x["k"], x["v"], x["g"], x["beta"], gate=gate, **options)
 

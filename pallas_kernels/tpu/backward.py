@@ -9,10 +9,12 @@ With dO and the gradient dS of the state a chunk leaves behind:
 
 where V' = T beta R, R = V - K~ S; then through the relations, the gates and the normalisation to the inputs.
 Each unit goes through three stages: what needs no dS, the recurrence, the rest. They run side by side on
-different units.
+different units. What a unit carries from stage to stage lies in registers (`backward_registers`) or, of a
+bounded per-channel gate, in scratch memory (`backward_pieces`).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +22,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import chunk
-from pallas_kernels.tpu.backward_unit import Backward, Gradients, Work
+from pallas_kernels.tpu.backward_memory import in_registers, kept_shapes
+from pallas_kernels.tpu.backward_pieces import Pieces
+from pallas_kernels.tpu.backward_registers import Registers, Work
+from pallas_kernels.tpu.backward_step import Gradients
 from pallas_kernels.tpu.chunk import Refs
 from pallas_kernels.tpu.config import Blocks, Config
-from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads
+from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units_of
 from pallas_kernels.tpu.weave import staggered, together
 
 
 def _kernel(
     segments: Segments, refs: Refs, saved: Saved, do_ref, dfinal_ref, *results, blocks: Blocks, config: Config
 ):
-    out, dstate = Gradients(*results[:-1]), results[-1]
+    size = len(Gradients._fields)
+    out, dstate, mem = Gradients(*results[:size]), results[size], results[size + 1 :]
     row, step = pl.program_id(0), pl.program_id(2)
     block = pl.num_programs(2) - 1 - step
 
     @pl.when(step == 0)
     def _start():
-        dstate[...] = jnp.zeros_like(dstate)
+        for ref in dstate:
+            ref[...] = jnp.zeros_like(ref)
         if out.dt_bias is not None:
             out.dt_bias[...] = jnp.zeros_like(out.dt_bias)
             out.log_rate[...] = jnp.zeros_like(out.log_rate)
@@ -44,15 +51,17 @@ def _kernel(
     @pl.when(segments.last[row, block] != 0)
     def _leave():
         for h in range(blocks.heads):
-            dstate[h] = dfinal_ref[0, 0, h].T
+            dstate[h][0] = dfinal_ref[0, 0, h].T
 
     s = chunk.scalars(refs, blocks, block, config)
-    b = Backward(refs, saved, do_ref, out, dstate, s, blocks, config)
+    step_of = refs, saved, do_ref, out, dstate, s, blocks, config
+    b: Any = Registers(*step_of) if in_registers(blocks, config) else Pieces(*step_of)
     pairs = unit_heads(blocks)
     stages = []
     for c in reversed(range(blocks.tokens // config.chunk)):
         for first in range(0, len(pairs), blocks.together):  # of one chunk: a head's chunks follow each other
-            group = [(Work(), c, heads) for heads in pairs[first : first + blocks.together]]
+            at = range(first, min(first + blocks.together, len(pairs)))
+            group = [(mem[c * len(pairs) + i] if mem else Work(), c, pairs[i]) for i in at]
             stages.append(
                 tuple(together([stage(*unit) for unit in group]) for stage in (b.prepare, b.recur, b.finish))
             )
@@ -63,7 +72,7 @@ def _kernel(
     @pl.when(segments.first[row, block] != 0)
     def _enter():
         for h in range(blocks.heads):
-            out.state[0, 0, h] = dstate[h].T
+            out.state[0, 0, h] = dstate[h][0].T
 
 
 def backward(
@@ -100,6 +109,9 @@ def backward(
         sum_shape = shape((B, HV // heads, heads, K), jnp.float32)
     keys, values = (layout.token_block(D, H, at) for D, H in ((K, blocks.key_heads), (V, heads)))
     gates = layout.token_block(K, heads, at)
+    memory = []
+    if not in_registers(blocks, config):
+        memory = [kept_shapes(layout.n, blocks, config) for _ in units_of(blocks, config)]
     got = pl.pallas_call(
         functools.partial(_kernel, blocks=blocks, config=config),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -121,7 +133,7 @@ def backward(
                 dt_bias=sums,
                 state=layout.state_block(at),
             ),
-            scratch_shapes=[pltpu.VMEM((heads, V, K), jnp.float32)],
+            scratch_shapes=[(pltpu.VMEM((1, V, K), jnp.float32),) * heads, *memory],
         ),
         out_shape=Gradients(
             q=like(arrays.q),

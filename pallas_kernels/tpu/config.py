@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 VMEM_LANES = 128
+STEP_CHUNKS = 16  # of one head of 128 x 128 in a grid step, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,9 @@ def head_tiles(K: int, V: int) -> int:
 
 
 def choose_blocks(T: int, H: int, HV: int, K: int, V: int, dtype, config: Config, interpret: Any) -> Blocks:
-    """Blocks of `block_heads` heads and as many tokens as make about 16 chunks of one head."""
+    """Blocks of `block_heads` heads and as many tokens as make about `STEP_CHUNKS` of one head."""
     heads = block_heads(H, HV)
-    chunks = max(1, 16 // (heads * head_tiles(K, V)))
+    chunks = max(1, STEP_CHUNKS // (heads * head_tiles(K, V)))
     tokens = min(chunks, -(-T // config.chunk)) * config.chunk
     passes = 1 if jnp.dtype(dtype).itemsize < 4 else 3
     return Blocks(T, K, V, HV // H, heads, tokens, passes, interpret)

@@ -67,6 +67,16 @@ EXTRA = [
     Case("channel", T=300, K=64, V=64, H=16, HV=16, decay="slow", slow_test=True),
     Case("none", T=130, K=64, V=64, H=16, HV=32, slow_test=True),
     Case("channel", T=130, K=128, V=128, H=8, HV=8, decay="softplus", segments="packed", slow_test=True),
+    # A bounded gate, whose backward kernel is another one; other bounds, other blocks about their middle.
+    Case("channel", T=130, K=64, V=64, B=2, HV=2, decay="bounded", segments="packed"),
+    *[
+        dataclasses.replace(
+            Case("channel", T=70, K=64, V=64, HV=2, decay="bounded", slow_test=True),
+            lower_bound=bound,
+            normalize=bound < -5,
+        )
+        for bound in (-1.0, -10.0, -20.0)
+    ],
     # Lengths.
     *[Case(gate, T=T, K=64, V=64, slow_test=True) for gate in cases.GATES for T in (1, 2, 31, 128, 129)],
 ]

@@ -1,19 +1,14 @@
-"""One grid step of the backward kernel: the stages its units go through. The maths is in `backward`."""
+"""The backward kernel's stages with a unit's values in registers: but of a bounded per-channel gate."""
 
-import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu import chunk, gates, tiles
-from pallas_kernels.tpu.chunk import LAST, SEEN, Refs, Scalars, Unit
-from pallas_kernels.tpu.config import Blocks, Config
-from pallas_kernels.tpu.dots import NN, NT, TN, bf16_dot, dot, dot_split_left, split
+from pallas_kernels.tpu.backward_step import Step, lane_sum, times
+from pallas_kernels.tpu.chunk import LAST, SEEN, Unit
+from pallas_kernels.tpu.dots import NN, NT, TN, dot, dot_split_left, split
 from pallas_kernels.tpu.inverse import iota
-from pallas_kernels.tpu.launch import Saved
 from pallas_kernels.tpu.relations import (
     RelationGradients,
     channel_relation_gradients,
@@ -24,19 +19,6 @@ from pallas_kernels.tpu.relations import (
     stack,
 )
 from pallas_kernels.tpu.weave import Steps
-
-
-class Gradients(NamedTuple):
-    """Output blocks; laid out as the inputs. Absent ones are None."""
-
-    q: Any
-    k: Any
-    v: Any
-    g: Any
-    beta: Any
-    log_rate: Any  # [1, 1, heads, K] float32, to be summed over channels: of A_log
-    dt_bias: Any  # [1, 1, heads, K] float32
-    state: Any  # of the initial states [1, 1, heads, K, V]
 
 
 class Work:
@@ -59,43 +41,8 @@ class Work:
         self.T: Any = None
 
 
-def _times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return x if factor is None else x * factor
-
-
-def lane_sum(xs: Sequence[jax.Array]) -> jax.Array:
-    """Sum over the lanes of all xs, [m, .]: [m, 1]."""
-    if len({x.shape for x in xs}) == 1:
-        xs = [functools.reduce(jnp.add, xs)]
-    return functools.reduce(jnp.add, [jnp.sum(x, axis=1, keepdims=True) for x in xs])
-
-
-class Backward:
-    """One grid step."""
-
-    def __init__(
-        self,
-        refs: Refs,
-        saved: Saved,
-        do_ref,
-        out: Gradients,
-        dstate,
-        s: Scalars,
-        blocks: Blocks,
-        config: Config,
-    ):
-        self.refs, self.saved, self.do_ref, self.out, self.dstate = refs, saved, do_ref, out, dstate
-        self.s, self.blocks, self.config = s, blocks, config
-        self.C, self.passes = config.chunk, blocks.passes
-        self.work = jnp.bfloat16 if blocks.passes == 1 else jnp.float32
-        self.key_gradients: dict[
-            tuple[int, int], Any
-        ] = {}  # (chunk, key head) -> [value heads to come, dq, dk, Head]
-        self.columns: dict[int, tuple[Any, Any]] = {}  # chunk -> (dbeta, dg) [C, heads]
-
-    def rows(self, x, c):
-        """A chunk's part of [tokens, .]."""
-        return x[c * self.C : (c + 1) * self.C]
+class Registers(Step):
+    """One grid step of a kernel whose units keep their values in registers."""
 
     def factors(self, w: Work, c: int):
         """exp(G), exp(G_C - G) and exp(G_C), with the marks of packed rows."""
@@ -129,7 +76,7 @@ class Backward:
         w.T = self.saved.inverses[0, heads[0] // len(heads), c]  # [C, nC]
         for j, h in enumerate(heads):
             state = self.saved.states[0, h, c]  # [V, K]
-            read = dot(_times(w.unit.heads[j].k, w.since[j]), state, NT, passes)
+            read = dot(times(w.unit.heads[j].k, w.since[j]), state, NT, passes)
             w.read.append(read)
             w.R.append(v[j] - read)
             yield
@@ -144,12 +91,12 @@ class Backward:
     def recur(self, w: Work, c: int, heads: list[int]) -> Steps:
         """dS from behind the chunk to before it."""
         C, passes = self.C, self.passes
-        w.dS = [self.dstate[h] for h in heads]
+        w.dS = [self.dstate[h][0] for h in heads]
         for j, head in enumerate(w.unit.heads):
             if self.config.gate == "channel":
                 written = dot(head.k * w.until[j], w.dS[j], NT, passes)
             else:  # rows are scaled afterwards: k as given needs no rounding
-                written = dot(head.k_given, w.dS[j], NT, passes) * _times(head.k_factor, w.until[j])
+                written = dot(head.k_given, w.dS[j], NT, passes) * times(head.k_factor, w.until[j])
             w.written.append(written)
             w.dV[j] = w.dV[j] + written
         yield
@@ -161,10 +108,10 @@ class Backward:
             w.dR.append(dr)
             parts = split(-dr) if passes == 1 else (-dr,)
             head = w.unit.heads[j]
-            reads = [_times(x, w.since[j]).astype(self.work) for x in (head.q, head.k)]
+            reads = [times(x, w.since[j]).astype(self.work) for x in (head.q, head.k)]
             left = jnp.concatenate([w.dO[j], *parts], axis=0)
             right = jnp.concatenate([reads[0], *[reads[1]] * len(parts)], axis=0)
-            self.dstate[h] = _times(w.dS[j], w.keep[j]) + dot(left, right, TN, passes)
+            self.dstate[h][0] = times(w.dS[j], w.keep[j]) + dot(left, right, TN, passes)
             if self.config.gate == "head":  # the shorter schedule
                 yield
         yield
@@ -208,7 +155,7 @@ class Backward:
                 dk_write = dot(w.V[j], w.dS[j], NN, passes)
             yield
             dq_h, from_read, from_write = (
-                _times(x, f) for x, f in ((dq_read, since), (dk_read, since), (dk_write, until))
+                times(x, f) for x, f in ((dq_read, since), (dk_read, since), (dk_write, until))
             )
             dq.append(dq_h)
             dk.append(from_read + from_write)
@@ -248,16 +195,6 @@ class Backward:
         for j, h in enumerate(heads):
             self.add_keys(c, h, dq[j], dk[j], w.unit.heads[j])
         yield
-
-    def suffix_sums(self, x: jax.Array) -> jax.Array:
-        """Sum over the tokens from each on: [C, D]."""
-        C = self.C
-        parts = list(split(x))
-        if self.passes == 3:  # what the sums leave may be 2^-10 of their terms
-            parts[1:] = split(x - parts[0].astype(jnp.float32))
-        shape = (C, len(parts) * C)
-        triu = jnp.where(iota(shape, 0) <= iota(shape, 1) % C, 1.0, 0.0).astype(jnp.bfloat16)
-        return bf16_dot(triu, jnp.concatenate(parts, axis=0))
 
     def channel_gate(self, heads, c, dG, dtotal) -> Steps:
         """Gradients of a per-channel gate: dg_t sums dG over the tokens from t on."""
@@ -299,13 +236,6 @@ class Backward:
             self.set_column(c, h, 1, pairs + own[:, j : j + 1] + total)
         yield
 
-    def set_column(self, c: int, h: int, which: int, column: jax.Array):
-        """Puts a head's column into the chunk's [C, heads] of dbeta (0) or dg (1)."""
-        shape = (self.C, self.blocks.heads)
-        current = list(self.columns.get(c, (jnp.zeros(shape, jnp.float32),) * 2))
-        current[which] = jnp.where(iota(shape, 1) == h, column, current[which])
-        self.columns[c] = tuple(current)
-
     def add_keys(self, c: int, h: int, dq, dk, head: chunk.Head):
         """Sums over the value heads that share a key head; stores key heads, in pairs, once complete."""
         group, config = self.blocks.group, self.config
@@ -325,11 +255,3 @@ class Backward:
         at = [k[1] for k in keys]
         tiles.store(self.out.q, c * self.C, at, dqs, self.blocks.interpret)
         tiles.store(self.out.k, c * self.C, at, dks, self.blocks.interpret)
-
-    def store_columns(self):
-        """Writes dbeta and a per-head dg, tokens along lanes."""
-        for c, (dbeta, dg) in self.columns.items():
-            tokens = pl.ds(c * self.C, self.C)
-            self.out.beta[0, 0, 0, :, tokens] = dbeta.T
-            if self.config.gate == "head":
-                self.out.g[0, 0, 0, :, tokens] = dg.T
