@@ -6,15 +6,15 @@ import re
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from deltajax.models import LanguageModel, ModelConfig, abstract_model, get_preset
+from deltajax.models import LanguageModel, ModelConfig, get_preset
 from deltajax.models.huggingface import from_hf, load_pretrained, save_pretrained, to_hf
 from tests import eight_devices
+from tests.models.drawn import drawn_model, params_of
 
 SMALL = dict(
     vocab_size=24, hidden_size=16, num_layers=4, num_heads=2, head_dim=8, intermediate_size=24,
@@ -51,23 +51,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def drawn_model(config: ModelConfig) -> LanguageModel:
-    """Every number of every parameter its own."""
-    graph, state = nnx.split(abstract_model(config))
-    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
-    rng = np.random.default_rng(5)
-    drawn = [jnp.asarray(rng.normal(size=leaf.shape, scale=0.3), leaf.dtype) for leaf in leaves]
-    nnx.replace_by_pure_dict(state, jax.tree.unflatten(tree, drawn))
-    return nnx.merge(graph, state)
-
-
 @functools.cache
 def model_of(name: str) -> LanguageModel:
     return drawn_model(CONFIGS[name])
-
-
-def params_of(model):
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def bytes_of(path):

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from deltajax.models import LanguageModel, get_preset, load_weights, save_weights
+from deltajax.models import get_preset, load_weights, save_weights
 from deltajax.models.weights import config_path
+from tests.models.drawn import drawn_model, params_of
 
 # A repeated unit of two kinds, then a run of one: two stacked groups.
 CONFIG = get_preset("tiny_kda").replace(
@@ -19,11 +19,7 @@ CONFIG = get_preset("tiny_kda").replace(
 
 @pytest.fixture(scope="module")
 def model():
-    return LanguageModel(CONFIG, rngs=nnx.Rngs(3))
-
-
-def params_of(model):
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return drawn_model(CONFIG)
 
 
 def test_a_model_comes_back_bit_for_bit(model, tmp_path):
@@ -43,7 +39,7 @@ def test_layers_with_and_without_experts_come_back(tmp_path):
         num_layers=4, layer_pattern=("kda",), num_experts=3, expert_intermediate_size=8, num_shared_experts=1,
         router_bias=True, shared_expert_gate=True, num_dense_layers=1,
     )  # fmt: skip
-    model, path = LanguageModel(config, rngs=nnx.Rngs(3)), tmp_path / "m.safetensors"
+    model, path = drawn_model(config), tmp_path / "m.safetensors"
     save_weights(path, params_of(model), config)
     jax.tree.map(np.testing.assert_array_equal, params_of(load_weights(path)), params_of(model))
     tensors = load_file(path)

@@ -1,0 +1,109 @@
+"""`python -m train.experiments.plot_tuning RESULTS.json --out PLOT.png`: draws one of the tuning experiments.
+
+Which one is read off the results: delta_logistic, delta_language or hard_batches. Needs matplotlib.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from deltajax import command
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Parses options, draws, and returns the exit status."""
+    return command.with_packages(lambda: _main(args), "matplotlib", {"matplotlib", "tyro"})
+
+
+def _main(args: Sequence[str] | None) -> int:
+    import tyro
+
+    @dataclass(frozen=True)
+    class Options:
+        """Draw the results of an experiment."""
+
+        results: Annotated[Path, tyro.conf.Positional]
+        """what the experiment saved"""
+        out: Path
+        """a .png or .pdf"""
+
+    options = tyro.cli(Options, prog="python -m train.experiments.plot_tuning", args=args)
+    draw(json.loads(options.results.read_text()), options.out)
+    return 0
+
+
+def draw(results: dict[str, Any], out: Path) -> None:
+    """Draws an experiment's results into a file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    hard = "mini_batches" in results
+    figure, axes = pyplot.subplots(1, 2 if hard else 1, figsize=(9 if hard else 6, 4), squeeze=False)
+    if hard:
+        _hard(results, axes[0])
+    elif "scores" in results:
+        _language(results, axes[0, 0])
+    else:
+        _logistic(results, axes[0, 0])
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+
+
+def _logistic(results: dict[str, Any], axes: Any) -> None:
+    rows = sorted(results["rows"], key=lambda row: row["gap"])
+    gaps = [100 * row["gap"] for row in rows]
+    for name in ("gain", "predicted"):
+        style = {"gain": dict(marker="o", label="measured"), "predicted": dict(ls="--", label="predicted")}[
+            name
+        ]
+        axes.plot(gaps, [100 * row[name] for row in rows], **style)
+    low, high = ([100 * (row["gain"] + sign * row["band"]) for row in rows] for sign in (-1, 1))
+    axes.fill_between(gaps, low, high, alpha=0.3)
+    axes.axhline(0, color="gray", lw=0.8)
+    axes.set_xlabel("better minus worse teacher's accuracy, points")
+    axes.set_ylabel("the student's gain by DPO, points")
+    axes.legend()
+
+
+def _language(results: dict[str, Any], axes: Any) -> None:
+    from train.experiments.statistics import mean_and_band
+
+    names = list(results["scores"][0])
+    found = [mean_and_band([100 * scores[name] for scores in results["scores"]]) for name in names]
+    axes.bar(names, [mean for mean, _ in found], yerr=[band for _, band in found], capsize=3)
+    axes.axhline(found[names.index("student")][0], color="gray", ls="--", lw=0.8)
+    axes.set_ylabel("right answers, %")
+    axes.tick_params(axis="x", rotation=60)
+
+
+def _hard(results: dict[str, Any], axes: Any) -> None:
+    rows = results["rows"]
+    plain = rows[0]
+    for ax, name, label in zip(axes, ("fewer_epochs", "less_work"), ("epochs", "work"), strict=True):
+        for mode in dict.fromkeys(row["mode"] for row in rows[1:]):
+            for hard in (True, False):
+                own = [row for row in rows[1:] if row["mode"] == mode and row["hard"] == hard]
+                ax.errorbar(
+                    [row["delta"] for row in own],
+                    [100 * row[name] for row in own],
+                    [100 * row[f"{name}_band"] for row in own],
+                    label=f"{mode}, {'hardest' if hard else 'random'}",
+                    capsize=3,
+                    ls="-" if hard else ":",
+                )
+        ax.axhline(0, color="gray", lw=0.8)
+        ax.set_ylim(-150, 60)
+        ax.set_xlabel("delta")
+        ax.set_ylabel(f"{label} saved to {results['options']['target']:.0%}, %")
+    axes[0].set_title(f"plain: {plain['epochs']:.1f} epochs")
+    axes[1].legend()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
