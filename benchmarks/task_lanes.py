@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import tyro
 
 from train.experiments import readout, recall, sweep
-from train.experiments.learner import Lane, Learner
+from train.experiments.lanes import Lane
+from train.experiments.learner import Learner
 from train.tasks import sample_rows
 from train.tasks.source import split_key
 

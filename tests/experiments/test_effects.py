@@ -6,7 +6,8 @@ import pytest
 from deltajax.layers import delta_net
 from deltajax.models import ModelConfig
 from train.config import OptimizerConfig
-from train.experiments.learner import Lane, Learner, Plan, Scores
+from train.experiments.lanes import Lane
+from train.experiments.learner import Learner, Plan, Scores
 from train.tasks import MQAR, Parity, Rebinding
 
 

@@ -9,7 +9,8 @@ import pytest
 from deltajax.models import ModelConfig
 from train.config import OptimizerConfig
 from train.experiments import readout
-from train.experiments.learner import Lane, Learner, Plan
+from train.experiments.lanes import Lane
+from train.experiments.learner import Learner, Plan
 from train.tasks import MQAR, Compression, Stacks, sample_rows
 from train.tasks.source import split_key
 

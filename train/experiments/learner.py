@@ -1,24 +1,23 @@
 """Training small models on a task with the whole loop on the device: many steps a call, many models at once.
 
-A *lane* is a model of its own: a learning rate and a seed of the parameters. All lanes of a learner have the
-same shapes and see the same rows, so that one program, mapped over the lanes, trains them side by side: a
-small model alone leaves an accelerator idle.
+All lanes of a learner have the same shapes and see the same rows, so that one program, mapped over the lanes,
+trains them side by side: a small model alone leaves an accelerator idle.
 """
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from deltajax.models import LanguageModel, ModelConfig
+from deltajax.models import ModelConfig
 from train.config import OptimizerConfig
 from train.experiments import readout
+from train.experiments.lanes import Lane, Lanes, init_lanes, init_model, take_steps
 from train.mesh import ShardingRules, make_mesh
 from train.model_state import ModelState, model_state
 from train.optimizer import make_optimizer, make_schedule
@@ -27,22 +26,6 @@ from train.tasks.source import split_key
 
 # The last part of the answers, where what the state holds is oldest.
 LATE = 0.25
-
-
-class Lane(NamedTuple):
-    """One of the models trained side by side."""
-
-    learning_rate: float
-    seed: int
-
-
-class Lanes(NamedTuple):
-    """The lanes' arrays, each with a leading axis of lanes, but for `step`."""
-
-    step: Array  # int32 []
-    rates: Float[Array, " lanes"]
-    params: Any
-    opt_state: Any
 
 
 @dataclass(frozen=True)
@@ -121,18 +104,13 @@ class Learner:
     def init(self, lanes: list[Lane]) -> Lanes:
         """Lanes before their first step."""
 
-        def one(seed):
-            key = jax.random.key(seed)
-            model = LanguageModel(self.config, rngs=nnx.Rngs(key))
-            params = {"model": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
+        def make(key):
+            params = {"model": init_model(self.config, key)}
             if self.task.reads_last:
                 params["decoder"] = readout.init_decoder(jax.random.fold_in(key, 1), self.config.hidden_size)
-            return params, self.optimizer.init(params)
+            return params
 
-        seeds = jnp.array([lane.seed for lane in lanes], jnp.uint32)
-        params, opt_state = jax.jit(jax.vmap(one))(seeds)
-        rates = jnp.array([lane.learning_rate for lane in lanes], jnp.float32)
-        return Lanes(jnp.zeros((), jnp.int32), rates, params, opt_state)
+        return init_lanes(lanes, make, self.optimizer)
 
     def advance(self, lanes: Lanes) -> tuple[Lanes, np.ndarray]:
         """Takes `steps_per_call` steps.
@@ -200,19 +178,7 @@ class Learner:
             model = self.model.model(params["model"])
             return readout.loss(self.task, model, params.get("decoder"), asked)
 
-        def step(carry, asked):
-            def one(rate, params, opt_state):
-                value, grads = jax.value_and_grad(loss)(params, asked)
-                updates, opt_state = self.optimizer.update(grads, opt_state, params)
-                # Weight decay is part of the update, so the rate scales it as it does everywhere.
-                params = optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates))
-                return params, opt_state, value
-
-            params, opt_state, values = self._map(one)(lanes.rates, *carry)
-            return (params, opt_state), values
-
-        (params, opt_state), losses = jax.lax.scan(step, (lanes.params, lanes.opt_state), batches)
-        return Lanes(lanes.step + calls, lanes.rates, params, opt_state), losses
+        return take_steps(loss, self.optimizer, lanes, batches, self._map)
 
     def _scores(self, params: Any, length: int) -> tuple[Array, Array, Array]:
         tokens = self.plan.batch_size * self.length

@@ -176,7 +176,7 @@ class SweepOptions:
         return TASKS[name][self.setting == "full"]
 
 
-def parse(small: SweepOptions, full: SweepOptions, prog: str, args: Sequence[str]) -> SweepOptions:
+def parse[T](small: T, full: T, prog: str, args: Sequence[str]) -> T:
     """Options from the command line, after "small" (which may be left out) or "full"."""
     args = list(args)
     if not args or (args[0] not in ("small", "full") and args[0] not in ("-h", "--help")):

@@ -63,8 +63,8 @@ class Result:
         return [x for x, lane in zip(values, self.lanes, strict=True) if lane["learning_rate"] == rate]
 
 
-def save(path: Path, about: dict[str, Any], results: Sequence[Result]) -> None:
-    """Writes all results so far; a reader never finds half a file."""
+def save(path: Path, about: dict[str, Any], results: Sequence[Any]) -> None:
+    """Writes all results (dataclasses) so far; a reader never finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
         {"about": about, "results": [_finite(dataclasses.asdict(x)) for x in results]}, allow_nan=False

@@ -15,7 +15,8 @@ from train.config import ConfigError, OptimizerConfig
 from train.config_dict import to_dict
 from train.experiments import options as names
 from train.experiments import results
-from train.experiments.learner import Lane, Lanes, Learner, Plan
+from train.experiments.lanes import Lane, Lanes
+from train.experiments.learner import Learner, Plan
 from train.experiments.options import SweepOptions
 from train.experiments.results import Result
 
