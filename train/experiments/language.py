@@ -1,9 +1,9 @@
 """`python -m train.experiments.language`: the same text through models of equal size and other layers.
 
 DeltaNet, Gated DeltaNet, KDA, a softmax transformer, DeltaNet with sliding-window layers, DeltaNet with two
-global layers, and KDA with latent attention 3:1: each sees the same batches, has the same number of
-parameters within 2 percent (by the width of its MLPs), and is measured on the same held-out text, over several
-seeds.
+global layers, and KDA with latent attention 3:1. Each sees the same batches, has the same number of
+parameters within 2 percent (by the width of its MLPs), and is measured on the same held-out text, over
+several seeds.
 """
 
 import datetime
