@@ -84,7 +84,7 @@ FULL = LanguageOptions(
     window_size=128,
     warmup_steps=60,
     dtype="bfloat16",
-    compile_ahead=6,
+    compile_ahead=3,
 )
 
 

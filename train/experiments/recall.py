@@ -39,7 +39,7 @@ def settings() -> tuple[Any, Any]:
         weight_decay=0.1,
         warmup_steps=200,
         dtype="bfloat16",
-        compile_ahead=6,
+        compile_ahead=3,
     )
     return small, full
 

@@ -44,7 +44,7 @@ def settings() -> tuple[Any, Any]:
         head_dim=128,
         intermediate_size=768,
         dtype="bfloat16",
-        compile_ahead=6,
+        compile_ahead=3,
     )
     return small, full
 
