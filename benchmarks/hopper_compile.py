@@ -82,6 +82,19 @@ def step_modules(gate: str, K: int, V: int) -> list[bytes]:
     return lowered(jax.jit(lambda x: step_cases.call(case, x, "pallas")).trace(x))
 
 
+def latent_modules() -> list[bytes]:
+    """Decoding's attention to latents, at Kimi Linear's sizes."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.gpu import latent_decode
+
+    q = jax.ShapeDtypeStruct((28, 32, 576), jnp.bfloat16)
+    latent = jax.ShapeDtypeStruct((28, 2**20, 576), jnp.bfloat16)
+    length = jax.ShapeDtypeStruct((28,), jnp.int32)
+    return lowered(jax.jit(lambda *x: latent_decode.attend(*x, rank=512, scale=0.1)).trace(q, latent, length))
+
+
 def lowered(traced) -> list[bytes]:
     """The kernels of a traced program."""
     program = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
@@ -142,26 +155,29 @@ def main(options: Options) -> int:
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         function = compiler(folder)
-        for gate in options.gate:
-            for K, V in options.sizes:
-                for module in modules(gate, K, V, options.T) + step_modules(gate, K, V):
-                    text = said(function, module)
-                    name = re.search(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", text)
-                    found = re.search(
-                        r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+)", text
-                    )
-                    if not name or not found:
-                        print(f"{gate} {K} x {V}: did not compile\n{text}")
-                        bad += 1
-                        continue
-                    stores, loads, registers = map(int, found.groups())
-                    serialised = "serialized" in text
-                    bad += stores > MOST_SPILLED or serialised
-                    print(
-                        f"{gate:8s} {K:3d} x {V:3d}  {name[1]:20s} {registers} registers, spilled "
-                        f"{stores} / {loads} B" + ", products serialised" * serialised,
-                        flush=True,
-                    )
+        made = [
+            (f"{gate:8s} {K:3d} x {V:3d}", modules(gate, K, V, options.T) + step_modules(gate, K, V))
+            for gate in options.gate
+            for K, V in options.sizes
+        ]
+        for what, module in (
+            (what, x) for what, found in [*made, ("latents", latent_modules())] for x in found
+        ):
+            text = said(function, module)
+            name = re.search(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", text)
+            found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+)", text)
+            if not name or not found:
+                print(f"{what}: did not compile\n{text}")
+                bad += 1
+                continue
+            stores, loads, registers = map(int, found.groups())
+            serialised = "serialized" in text
+            bad += stores > MOST_SPILLED or serialised
+            print(
+                f"{what:18s}  {name[1]:20s} {registers} registers, spilled {stores} / {loads} B"
+                + ", products serialised" * serialised,
+                flush=True,
+            )
     return int(options.check and bad > 0)
 
 

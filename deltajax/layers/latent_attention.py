@@ -1,5 +1,6 @@
 """Multi-head latent attention (MLA): softmax attention whose keys and values come from one small latent."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from deltajax.layers.attention_cache import LatentCache, NewTokens, layout_after
+from deltajax.layers.attention_cache import LatentCache, NewTokens, held, layout_after
 from deltajax.layers.blockwise import Source, attend
+from deltajax.layers.latent_decode import attend_held
 from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
@@ -29,7 +31,8 @@ class LatentAttention(nnx.Module):
 
     Only [c | r] is cached. A call computes keys and values from it, or, where that is more work than it
     saves (a few tokens against many, as in decoding), moves kv_b_proj to the queries and the outputs, which
-    then meet the latents themselves. Both are the same function.
+    then meet the latents themselves. Both are the same function. On Hopper GPUs, one token of each row meets
+    the latents in a kernel (bfloat16 or float16, C a multiple of 128 up to 512, R = 64).
 
     Where `shard_ops` spreads a row's tokens over devices, each gathers the latents of all of them; heads are
     split.
@@ -168,8 +171,12 @@ class LatentAttention(nnx.Module):
         layout = layout_after(x.shape, segment_ids, cache.length, packed)
         q, latent = self._rotate(q, latent, layout)
         sources, after = NewTokens(cache, (latent,), layout).enter(packed=packed, hold=hold)
-        attention = self._attend_latents if self._absorbs(T) else self._attend_expanded
-        return self._output(attention(q, layout, sources, kernel), segment_ids), after
+        if T == 1 and not packed and not hold and self._absorbs(T):
+            o = self._attend_held(q, after, kernel)
+        else:
+            attention = self._attend_latents if self._absorbs(T) else self._attend_expanded
+            o = attention(q, layout, sources, kernel)
+        return self._output(o, segment_ids), after
 
     def init_cache(self, batch: int, max_length: int) -> LatentCache:
         """An empty cache for `batch` rows of at most `max_length` tokens."""
@@ -220,14 +227,32 @@ class LatentAttention(nnx.Module):
 
     def _attend_latents(self, q, layout: Layout, sources: list[Source], kernel) -> Float[Array, "B T H V"]:
         """The same with the latents as the one key and value of all heads."""
+        q, values = self._absorbed(q, kernel)
+        return values(self._meet(q, layout, sources))
+
+    def _attend_held(self, q, cache: LatentCache, kernel) -> Float[Array, "B 1 H V"]:
+        """`_attend_latents` of each row's last token, which the cache holds already."""
+
+        def plain(q, latent, length):
+            last = Layout(jnp.ones((len(length), 1), jnp.int32), length[:, None] - 1)
+            return self._meet(q, last, [held(LatentCache(latent, length), packed=False)])
+
+        q, values = self._absorbed(q, kernel)
+        return values(attend_held(q, *cache, rank=self.kv_lora_rank, scale=self._scale, plain=plain))
+
+    def _absorbed(self, q, kernel) -> tuple[Float[Array, "B T H C+R"], Callable[[Array], Array]]:
+        """Queries for latents, and what makes values [B, T, H, V] of weighed latents [B, T, H, C]."""
         N = self.qk_nope_head_dim
         kernel = kernel.astype(self.dtype)
         q_latent = jnp.einsum("bthn,chn->bthc", q[..., :N], kernel[..., :N])
         q = jnp.concatenate([q_latent, q[..., N:]], axis=-1)
+        return q, lambda o: jnp.einsum("bthc,chv->bthv", o, kernel[..., N:])
+
+    def _meet(self, q, layout: Layout, sources: list[Source]) -> Float[Array, "B T H C"]:
+        """Weighed latents of queries for latents."""
         # The shared key is weighted too and cut off after: a cut before would copy the cache.
         both = lambda latent: (latent[:, :, None], latent[:, :, None])  # noqa: E731
-        o = attend(q, layout, sources, both, self._softmax, scale=self._scale)[..., : self.kv_lora_rank]
-        return jnp.einsum("bthc,chv->bthv", o, kernel[..., N:])
+        return attend(q, layout, sources, both, self._softmax, scale=self._scale)[..., : self.kv_lora_rank]
 
     def _softmax(self, q, key, value, mask) -> Float[Array, "B T H V"]:
         """`jax.nn.dot_product_attention`, which wants one head size: zeros fill the smaller."""
