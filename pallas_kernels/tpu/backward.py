@@ -10,7 +10,7 @@ With dO and the gradient dS of the state a chunk leaves behind:
 where V' = T beta R, R = V - K~ S; then through the relations, the gates and the normalisation to the inputs.
 Each unit goes through three stages: what needs no dS, the recurrence, the rest. They run side by side on
 different units. What a unit carries from stage to stage lies in registers (`backward_registers`) or, of a
-bounded per-channel gate, in scratch memory (`backward_pieces`).
+bounded per-channel gate of narrow heads, in scratch memory (`backward_pieces`).
 """
 
 import functools
