@@ -53,6 +53,7 @@ def test_it_trains_and_measures_what_the_trainer_measures():
     assert evaluation.loss(one) == pytest.approx(float(last[1]), rel=1e-5)
 
 
+@pytest.mark.slow  # a command with its own programs
 def test_the_command_saves_losses_and_what_the_text_was(tmp_path):
     out = tmp_path / "language.json"
     args = (
