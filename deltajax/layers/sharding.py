@@ -44,8 +44,8 @@ class OpSharding:
         return int(np.prod([self.mesh.shape[name] for name in axis_names(axes)], dtype=int))
 
     def dividing(self, axes: Axes, size: int) -> tuple[str, ...]:
-        """The axes, or none where they do not divide a dimension of that size."""
-        return () if size % self.size(axes) else axis_names(axes)
+        """Those of the axes that split a dimension of that size; none where they do not divide it."""
+        return () if size % self.size(axes) else tuple(a for a in axis_names(axes) if self.mesh.shape[a] > 1)
 
     def axes_of(self, logical_axis: str) -> Axes:
         """Where a matrix's dimension of that name (`layers.parameters`) lies."""
@@ -302,5 +302,7 @@ class MatrixGradient:
     def reduce(self, gradient: Array) -> Array:
         """Inside `jax.shard_map`: a device's part of the sum over all of them."""
         for dim, axes in self.scattered:
-            gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+            # One axis after the other, the outermost part first: TPUs sum whole where parts would be thin.
+            for axis in axes:
+                gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dim, tiled=True)
         return jax.lax.psum(gradient, self.summed)
