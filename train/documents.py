@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 OnError = Literal["raise", "skip"]
 
@@ -164,9 +164,16 @@ def _text_parts(name: str, size: int, progress: Callable[[int], object]) -> Iter
             progress(len(part))
 
 
-def _json_lines(
-    name: str, text_field: str, bad: BadData, progress: Callable[[int], object]
-) -> Iterator[Document]:
+def json_records(
+    name: str, bad: BadData, progress: Callable[[int], object] = lambda count: None
+) -> Iterator[tuple[str, Any]]:
+    """What the lines of a .jsonl file hold, each with its place `file:line`; blank lines are passed over.
+
+    Args:
+        name: the file.
+        bad: is told of lines that are not JSON.
+        progress: is told how many bytes were consumed.
+    """
     with open(name, "rb") as file:
         for number, line in enumerate(file, start=1):
             progress(len(line))
@@ -178,17 +185,24 @@ def _json_lines(
             except ValueError as error:
                 bad.found(f"{where}: not valid JSON ({error})", error)
                 continue
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                bad.found(f"{where}: no text in field {text_field!r} (found: {fields})")
-                continue
-            try:
-                text = record[text_field].encode("utf-8")
-            except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
-                bad.found(f"{where}: text in field {text_field!r} is not Unicode ({error})", error)
-                continue
-            if text:
-                yield Document(where, text)
+            yield where, record
+
+
+def _json_lines(
+    name: str, text_field: str, bad: BadData, progress: Callable[[int], object]
+) -> Iterator[Document]:
+    for where, record in json_records(name, bad, progress):
+        if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+            fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            bad.found(f"{where}: no text in field {text_field!r} (found: {fields})")
+            continue
+        try:
+            text = record[text_field].encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
+            bad.found(f"{where}: text in field {text_field!r} is not Unicode ({error})", error)
+            continue
+        if text:
+            yield Document(where, text)
 
 
 def _parquet_rows(

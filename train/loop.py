@@ -168,14 +168,20 @@ class Run:
 
     def batches(self) -> Any:
         """The Grain iterator over this process's rows of each batch."""
-        return train_batches(
-            self.data.train,
-            seq_len=self.config.data.seq_len,
-            batch_size=self.config.data.batch_size,
+        return train_batches(self.data.train, **self.reading)
+
+    @property
+    def reading(self) -> dict[str, int]:
+        """How this process reads its share of the batches: arguments of `train.data.train_batches`."""
+        group, groups = self.data_group
+        data = self.config.data
+        return dict(
+            seq_len=data.seq_len,
+            batch_size=data.batch_size,
             seed=self.config.seed,
-            process_index=self.data_group[0],
-            process_count=self.data_group[1],
-            prefetch=self.config.data.prefetch,
+            process_index=group,
+            process_count=groups,
+            prefetch=data.prefetch,
         )
 
     def _go(self, checkpoints: Checkpoints, data: Any, stop: StopRequest) -> int:

@@ -53,21 +53,6 @@ def micro_batches(batch: Batch, parts: int, mesh: Mesh, rules: ShardingRules) ->
     return jax.tree.map(cut, batch)
 
 
-def loss_and_grads(
-    build: Build,
-    params: Params,
-    batch: Batch,
-    parts: int,
-    mesh: Mesh,
-    rules: ShardingRules,
-    z_loss: float = 0.0,
-) -> tuple[jax.Array, jax.Array, Params]:
-    """Mean next-token loss, number of targets and gradients of a batch, see `sums_and_grads`."""
-    objective = next_token(z_loss)
-    loss, sums, grads = sums_and_grads(build, params, batch, parts, mesh, rules, objective)
-    return loss, sums["count"], grads
-
-
 def sums_and_grads(
     build: Build,
     params: Params,

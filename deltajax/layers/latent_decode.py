@@ -69,7 +69,7 @@ def attend_held(
 
 def _unsupported(q: Array, latent: Array, rank: int) -> str | None:
     """Why the kernel cannot run here, or None if it can."""
-    if q.dtype != latent.dtype or q.dtype.name not in ("bfloat16", "float16"):
+    if q.dtype != latent.dtype or q.dtype not in pallas_gpu.HALF:
         return f"q and the latents must be both bfloat16 or both float16, got {q.dtype} and {latent.dtype}"
     shared = latent.shape[2] - rank
     if shared != latent_decode.SHARED_KEY or rank % 128 or rank > 512:

@@ -50,8 +50,9 @@ def run(run_local: Run, inputs: Inputs, options: Options, axis_name: str) -> tup
     device, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
     ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, axis_name)
 
-    outputs, finals = run_local(_extended(inputs, start, ends, options), options)
-    leaving = finals if options.num_segments is None else _leaving(finals, start, ends)  # [N | M]
+    unchanged = _identity_map(inputs, start)
+    outputs, finals = run_local(_extended(inputs, start, unchanged, ends, options), options)
+    leaving = finals if options.num_segments is None else _leaving(finals, unchanged, ends)  # [N | M]
     maps = lax.all_gather((leaving[..., :V], leaving[..., V:]), axis_name)  # [devices, B, HV, K, .]
     entering = jnp.zeros_like(maps[0][0]) if options.num_segments is not None else start
     entering = checkpoint_name(_fold(entering, maps, devices, device), SAVED)
@@ -133,13 +134,18 @@ def _with_first(states: Float[Array, "B N HV K D"], entering: Array, ends: _Ends
     return states.at[jnp.arange(states.shape[0]), index].set(entering, mode="drop")
 
 
-def _extended(inputs: Inputs, start: Array, ends: _Ends | None, options: Options) -> Inputs:
-    """The inputs with values [v | 0] and, for the state that enters this device, [0 | I]."""
-    B, T, HV, V = inputs.v.shape
+def _identity_map(inputs: Inputs, start: Array) -> Float[Array, "B HV K V+K"]:
+    """[0 | I]: the map of a device without tokens, and the state whose response is every state's."""
+    B, _, HV, V = inputs.v.shape
     K = inputs.q.shape[-1]
     identity = jnp.broadcast_to(jnp.eye(K, dtype=start.dtype), (B, HV, K, K))
-    entering = jnp.concatenate([jnp.zeros((B, HV, K, V), start.dtype), identity], axis=-1)
-    v = jnp.concatenate([inputs.v, jnp.zeros((B, T, HV, K), inputs.v.dtype)], axis=-1)
+    return jnp.concatenate([jnp.zeros((B, HV, K, V), start.dtype), identity], axis=-1)
+
+
+def _extended(inputs: Inputs, start: Array, entering: Array, ends: _Ends | None, options: Options) -> Inputs:
+    """The inputs with values [v | 0], and ``entering``, [0 | I], for the state that enters this device."""
+    K = inputs.q.shape[-1]
+    v = jnp.concatenate([inputs.v, jnp.zeros((*inputs.v.shape[:-1], K), inputs.v.dtype)], axis=-1)
     if ends is not None and options.num_segments is None:
         entering = jnp.where(_per_row(ends.continues), entering, 0)
     elif ends is not None:
@@ -148,14 +154,11 @@ def _extended(inputs: Inputs, start: Array, ends: _Ends | None, options: Options
     return inputs._replace(v=v, initial_state=entering)
 
 
-def _leaving(finals: Float[Array, "B N HV K D"], start: Array, ends: _Ends | None) -> Array:
+def _leaving(finals: Float[Array, "B N HV K D"], unchanged: Array, ends: _Ends | None) -> Array:
     """[N | M] of all of a device's tokens: its last segment's, the identity map's where it has none."""
     assert ends is not None  # num_segments comes with segment_ids
-    B, _, HV, K, V = start.shape
-    identity = jnp.broadcast_to(jnp.eye(K, dtype=start.dtype), (B, HV, K, K))
-    nothing = jnp.concatenate([jnp.zeros((B, HV, K, V), start.dtype), identity], axis=-1)
-    last = finals[jnp.arange(B), jnp.maximum(ends.last - 1, 0)]
-    return jnp.where(_per_row(ends.last != 0), last, nothing)
+    last = finals[jnp.arange(len(finals)), jnp.maximum(ends.last - 1, 0)]
+    return jnp.where(_per_row(ends.last != 0), last, unchanged)
 
 
 def _fold(state: Array, maps: tuple[Array, Array], devices: int, device: Array) -> Float[Array, "B HV K V"]:

@@ -60,21 +60,22 @@ def short_convolution(
         x = jnp.where((segment_ids != 0)[..., None], x, 0)
 
     # padded: [B, W-1+T, D]; reach: [B, W-1+T], a tap reaches tokens of its own token's number
-    runs = None if segment_ids is None else segments.runs(segment_ids)
-    reach = None
+    W1 = W - 1
+    runs = reach = None
     if axis_name is not None:
-        padded = jnp.concatenate([left_halo(x, W - 1, axis_name), x], axis=1)
+        padded = jnp.concatenate([left_halo(x, W1, axis_name), x], axis=1)
         if segment_ids is not None:
-            before = left_halo(segment_ids, W - 1, axis_name)
+            before = left_halo(segment_ids, W1, axis_name)
             reach = segments.runs(jnp.concatenate([before, segment_ids], axis=1))
+            runs = reach[:, W1:]
     else:
-        past = jnp.zeros((B, W - 1, D), x.dtype) if cache is None else cache.astype(x.dtype)
+        runs = None if segment_ids is None else segments.runs(segment_ids)
+        past = jnp.zeros((B, W1, D), x.dtype) if cache is None else cache.astype(x.dtype)
         if runs is None:
             padded = jnp.concatenate([past, x], axis=1)
         else:  # the past stands just before the first real token
             padded, reach = _join_rows(past, x, runs)
 
-    W1 = W - 1
     if cache is None and axis_name is None:
         y = apply_taps(given, weight, bias, runs, activation, implementation)
     elif W1 < T and (cache is None or runs is None):

@@ -222,17 +222,14 @@ class Pieces(Prepare):
         key = (c, h // group)
         count, owners = self.key_gradients.get(key, (0, []))
         self.key_gradients[key] = (count + 1, [*owners, (m, j)])
-        n = 2 if self.blocks.key_heads % 2 == 0 else 1
-        first = key[1] // n * n
-        keys = [(c, first + i) for i in range(n)]
-        entries = [self.key_gradients[k] for k in keys if k in self.key_gradients]
-        if len(entries) < n or any(entry[0] < group for entry in entries):
+        keys = self.completed_keys(key)
+        if not keys:
             return
         at = [k[1] for k in keys]
         for r in range(0, self.C, ROWS):
             here = slice(r, r + ROWS)
             dqs, dks = [], []
-            for _, owners in entries:
+            for _, owners in (self.key_gradients[k] for k in keys):
                 dq, dk = (
                     functools.reduce(jnp.add, [getattr(m, name)[last][z, j, here] for m, j in owners])
                     for name in ("dq", "dk")

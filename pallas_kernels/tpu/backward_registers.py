@@ -242,14 +242,11 @@ class Registers(Step):
         key = (c, h // group)
         count, q_sum, k_sum, _ = self.key_gradients.get(key, (0, 0.0, 0.0, None))
         self.key_gradients[key] = (count + 1, q_sum + dq, k_sum + dk, head)
-        n = 2 if self.blocks.key_heads % 2 == 0 else 1
-        first = key[1] // n * n
-        keys = [(c, first + i) for i in range(n)]
-        entries = [self.key_gradients[k] for k in keys if k in self.key_gradients]
-        if len(entries) < n or any(entry[0] < group for entry in entries):
+        keys = self.completed_keys(key)
+        if not keys:
             return
         dqs, dks = [], []
-        for _, q_sum, k_sum, head in entries:
+        for _, q_sum, k_sum, head in (self.key_gradients[k] for k in keys):
             dqs.append(chunk.normalized_gradient(q_sum, head.q, head.q_factor, config.scale, config))
             dks.append(chunk.normalized_gradient(k_sum, head.k, head.k_factor, 1.0, config))
         at = [k[1] for k in keys]

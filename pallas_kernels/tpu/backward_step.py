@@ -82,6 +82,17 @@ class Step:
         current[which] = jnp.where(iota(shape, 1) == h, column, current[which])
         self.columns[c] = tuple(current)
 
+    def completed_keys(self, key: tuple[int, int]) -> list[tuple[int, int]]:
+        """The (chunk, key head)s stored with this one, once all their value heads are counted; else none.
+
+        Two neighbours share a store where heads are even; entries of ``key_gradients`` begin with that count.
+        """
+        c, head = key
+        n = 2 if self.blocks.key_heads % 2 == 0 else 1
+        keys = [(c, head // n * n + i) for i in range(n)]
+        counts = [self.key_gradients[k][0] if k in self.key_gradients else 0 for k in keys]
+        return keys if min(counts) >= self.blocks.group else []
+
     def store_columns(self):
         """Writes dbeta and a per-head dg, tokens along lanes."""
         for c, (dbeta, dg) in self.columns.items():

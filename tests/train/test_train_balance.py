@@ -9,13 +9,14 @@ from flax import nnx
 
 from deltajax.layers import MixtureOfExperts
 from deltajax.models import get_preset
+from tests.train.next_token import loss_and_grads
 from tests.train.test_train_step import packed_batch
 from train.balance import balanced
 from train.config import OptimizerConfig
 from train.mesh import ShardingRules, make_mesh
 from train.model_state import model_state
 from train.optimizer import make_optimizer, make_schedule
-from train.step import loss_and_grads, make_train_step
+from train.step import make_train_step
 
 CONFIG = get_preset("tiny_kimi_linear").replace(
     num_layers=1, num_dense_layers=0, layer_pattern=("latent_attention",), hidden_size=32, num_heads=1,

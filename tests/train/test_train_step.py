@@ -12,12 +12,13 @@ import pytest
 from flax import nnx
 
 from deltajax.models import LanguageModel, get_preset
+from tests.train.next_token import loss_and_grads
 from train.config import OptimizerConfig
 from train.mesh import ShardingRules, make_mesh
 from train.model_state import model_state
 from train.objective import batch_loss_sum
 from train.optimizer import make_optimizer
-from train.step import loss_and_grads, make_train_step
+from train.step import make_train_step
 
 # The module, behind the function of the same name.
 linear_cross_entropy = sys.modules["deltajax.layers.linear_cross_entropy"]

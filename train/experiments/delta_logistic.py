@@ -17,7 +17,6 @@ measured gain is compared with it at eta = |displacement| / |delta|.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.__main__ import with_packages
+from train.experiments.command import simulate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,18 +60,7 @@ class Options:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Parses options, simulates, writes the results, and returns the exit status."""
-    return with_packages(lambda: _main(args))
-
-
-def _main(args: Sequence[str] | None) -> int:
-    import tyro
-
-    options = tyro.cli(Options, prog="python -m train.experiments.delta_logistic", args=args)
-    results = run(options, print)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1, default=str) + "\n")
-    print(f"results: {options.out}")
-    return 0
+    return with_packages(lambda: simulate("train.experiments.delta_logistic", Options, run, args))
 
 
 def run(options: Options, say: Callable[[str], object]) -> dict[str, Any]:

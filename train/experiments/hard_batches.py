@@ -14,7 +14,6 @@ pass, an update being 3 (forward, and a backward pass of twice that): 3 N plain,
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltajax import command
+from train.experiments.command import simulate
 
 if TYPE_CHECKING:
     import jax
@@ -61,18 +61,11 @@ class Options:
 def main(args: Sequence[str] | None = None) -> int:
     """Parses options, trains, writes the results, and returns the exit status."""
     packages = {"jax", "optax", "sklearn", "tyro"}
-    return command.with_packages(lambda: _main(args), "scikit-learn deltajax[train]", packages)
-
-
-def _main(args: Sequence[str] | None) -> int:
-    import tyro
-
-    options = tyro.cli(Options, prog="python -m train.experiments.hard_batches", args=args)
-    results = run(options, print)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1, default=str) + "\n")
-    print(f"results: {options.out}")
-    return 0
+    return command.with_packages(
+        lambda: simulate("train.experiments.hard_batches", Options, run, args),
+        "scikit-learn deltajax[train]",
+        packages,
+    )
 
 
 def run(options: Options, say: Callable[[str], object]) -> dict[str, Any]:

@@ -6,56 +6,45 @@ parameters within 2 percent (by the width of its MLPs), and is measured on the s
 several seeds.
 """
 
-import datetime
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from train.__main__ import with_packages
+from train.experiments import command
 
 if TYPE_CHECKING:
     from train.experiments.language_options import LanguageOptions
     from train.experiments.language_results import LanguageResult
 
 
+def settings() -> "tuple[LanguageOptions, LanguageOptions]":
+    """The small setting's options, and the full one's."""
+    from train.experiments.language_options import FULL, LanguageOptions
+
+    return LanguageOptions(), FULL
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Parses options, trains, and returns the exit status; wrong options or data give 2."""
-    return with_packages(lambda: _main(args))
+    return command.run("train.experiments.language", settings, run, args)
 
 
-def _main(args: Sequence[str] | None) -> int:
-    import shlex
-
-    from train.config import ConfigError
-    from train.documents import DataError
-    from train.experiments.language_options import FULL, LanguageOptions
-    from train.experiments.options import parse
-
-    given = list(sys.argv[1:] if args is None else args)
-    prog = "python -m train.experiments.language"
-    options = parse(LanguageOptions(), FULL, prog, given)
-    try:
-        run(options, shlex.join([*prog.split(), *given]))
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def run(options: "LanguageOptions", command: str) -> "list[LanguageResult]":
+def run(options: "LanguageOptions", typed: str) -> "list[LanguageResult]":
     """Trains and measures every variant.
+
+    Args:
+        options: checked here.
+        typed: the command, for the record.
 
     Raises:
         ConfigError: options that cannot work.
         DataError: text that cannot be used.
     """
-    import jax
     import numpy as np
 
     from train.config import DataConfig
-    from train.config_dict import to_dict
     from train.data import eval_batches, train_batches
     from train.experiments import results
     from train.experiments.lanes import Lane
@@ -81,11 +70,7 @@ def run(options: "LanguageOptions", command: str) -> "list[LanguageResult]":
     lanes = [Lane(rate, seed) for rate in options.learning_rates for seed in options.seeds]
     learners = {name: TextLearner(config, options) for name, config in configs.items()}
     found: list[LanguageResult] = []
-    about = {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+    about = results.about(options, typed) | {
         "python": sys.version.split()[0],
         "text": {
             "described": data.description(),
@@ -94,7 +79,6 @@ def run(options: "LanguageOptions", command: str) -> "list[LanguageResult]":
             "held_out_tokens": int((stacked[-1]["segment_ids"] > 0).sum()),
             "bytes_per_token": float(data.held_out.bytes_per_target),
         },
-        "options": to_dict(options) | {"out": str(options.out)},
     }
     pool = ThreadPoolExecutor(options.compile_ahead)
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from train.config import ConfigError
+from train.experiments.options import check_lanes
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,4 @@ def check(options: LanguageOptions) -> None:
         may_be_zero = name in ("data_seed", "warmup_steps", "weight_decay")
         if isinstance(value, (int, float)) and not (value > 0 or (may_be_zero and value == 0)):
             raise ConfigError(f"argument --{dashed}: must be positive, got {value}")
-    if options.steps % options.eval_every:
-        raise ConfigError(
-            f"argument --eval-every: {options.eval_every} does not divide --steps {options.steps}"
-        )
-    if min(options.learning_rates) <= 0:
-        raise ConfigError(f"argument --learning-rates: must be positive, got {min(options.learning_rates)}")
-    if min(options.seeds) < 0 or max(options.seeds) >= 2**32:
-        raise ConfigError(f"argument --seeds: must be from 0 to 2**32 - 1, got {options.seeds}")
+    check_lanes(options)

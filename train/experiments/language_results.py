@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from train.experiments.results import of_rate, rates
+
 
 @dataclass
 class LanguageResult:
@@ -29,11 +31,7 @@ class LanguageResult:
     def best(self) -> tuple[float, list[float]]:
         """The learning rate with the lowest mean loss at the last evaluation, and its seeds' losses."""
         last = self.history[-1]["eval_loss"]
-        rates = dict.fromkeys(lane["learning_rate"] for lane in self.lanes)
-        by_rate = {
-            rate: [x for x, lane in zip(last, self.lanes, strict=True) if lane["learning_rate"] == rate]
-            for rate in rates
-        }
+        by_rate = {rate: of_rate(self.lanes, rate, last) for rate in rates(self.lanes)}
         rate = min(by_rate, key=lambda r: np.nan_to_num(np.mean(by_rate[r]), nan=np.inf))
         return rate, by_rate[rate]
 

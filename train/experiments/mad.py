@@ -5,7 +5,6 @@ with MLPs, rows of 128 tokens (selective copying 256, compression and memorisati
 instead of from 12,800 fixed ones, and only the answers are trained.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,28 +31,23 @@ def settings() -> tuple[Any, Any]:
         lengths=(),
         out=Path("runs/mad.json"),
     )
-    full = dataclasses.replace(
+    full = command.on_one_gpu(
         small,
-        setting="full",
         out=Path("runs/mad_full.json"),
         learning_rates=(1e-4, 5e-4, 1e-3, 3e-3),
         steps=20_000,
-        eval_every=250,
-        batch_tokens=16_384,
         num_heads=2,
         head_dim=64,
         intermediate_size=512,
         weight_decay=0.1,
         warmup_steps=200,
-        dtype="bfloat16",
-        compile_ahead=3,
     )
     return small, full
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Parses options, trains, and returns the exit status."""
-    return command.run("train.experiments.mad", settings, args)
+    return command.sweep("train.experiments.mad", settings, args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -145,14 +145,7 @@ class SweepOptions:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"argument --{_dashed(name)}: must be positive, got {getattr(self, name)}")
-        if min(self.learning_rates) <= 0:
-            raise ConfigError(f"argument --learning-rates: must be positive, got {min(self.learning_rates)}")
-        if min(self.seeds) < 0 or max(self.seeds) >= 2**32:
-            raise ConfigError(f"argument --seeds: must be from 0 to 2**32 - 1, got {self.seeds}")
-        if self.steps % self.eval_every:
-            raise ConfigError(
-                f"argument --eval-every: {self.eval_every} does not divide --steps {self.steps}"
-            )
+        check_lanes(self)
         if not 0 < self.target <= 1:
             raise ConfigError(f"argument --target: must be above 0 and at most 1, got {self.target}")
         if self.budget_seconds is not None and not self.budget_seconds > 0:
@@ -174,6 +167,18 @@ class SweepOptions:
 
     def _sizes(self, name: str) -> Sizes:
         return TASKS[name][self.setting == "full"]
+
+
+def check_lanes(options: Any) -> None:
+    """Raises ConfigError for learning rates, seeds or numbers of steps that no models can be trained by."""
+    if min(options.learning_rates) <= 0:
+        raise ConfigError(f"argument --learning-rates: must be positive, got {min(options.learning_rates)}")
+    if min(options.seeds) < 0 or max(options.seeds) >= 2**32:
+        raise ConfigError(f"argument --seeds: must be from 0 to 2**32 - 1, got {options.seeds}")
+    if options.steps % options.eval_every:
+        raise ConfigError(
+            f"argument --eval-every: {options.eval_every} does not divide --steps {options.steps}"
+        )
 
 
 def parse[T](small: T, full: T, prog: str, args: Sequence[str]) -> T:

@@ -23,30 +23,24 @@ def settings() -> tuple[Any, Any]:
         lengths=(32,),
         out=Path("runs/recall.json"),
     )
-    full = SweepOptions(
-        tasks=("mqar", "palindrome", "stacks"),
-        mixers=("kda", "gated_delta_net", "delta_net"),
+    full = command.on_one_gpu(
+        small,
         lengths=(256, 512, 1024, 2048),
         out=Path("runs/recall_full.json"),
-        setting="full",
         learning_rates=(1e-4, 5e-4, 1e-3, 3e-3),
         steps=20_000,
-        eval_every=250,
-        batch_tokens=16_384,
         num_heads=2,
         head_dim=128,
         intermediate_size=768,
         weight_decay=0.1,
         warmup_steps=200,
-        dtype="bfloat16",
-        compile_ahead=3,
     )
     return small, full
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Parses options, trains, and returns the exit status."""
-    return command.run("train.experiments.recall", settings, args)
+    return command.sweep("train.experiments.recall", settings, args)
 
 
 if __name__ == "__main__":

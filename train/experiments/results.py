@@ -1,6 +1,7 @@
 """What an experiment found: as JSON, saved as it goes, and as a table."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from train.config_dict import to_dict
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Result:
 
     def rates(self) -> list[float]:
         """The learning rates, in order."""
-        return list(dict.fromkeys(lane["learning_rate"] for lane in self.lanes))
+        return rates(self.lanes)
 
     def accuracy(self, rate: float, entry: int = -1, kind: str = "answers") -> float:
         """Mean accuracy of a learning rate's models at an evaluation; 0 before the first."""
@@ -60,7 +63,30 @@ class Result:
         return float(np.mean(self._of(self.best_rate(), self.lengths[str(length)][kind])))
 
     def _of(self, rate: float, values: Sequence[float]) -> list[float]:
-        return [x for x, lane in zip(values, self.lanes, strict=True) if lane["learning_rate"] == rate]
+        return of_rate(self.lanes, rate, values)
+
+
+def rates(lanes: Sequence[dict[str, float]]) -> list[float]:
+    """Their learning rates, in order."""
+    return list(dict.fromkeys(lane["learning_rate"] for lane in lanes))
+
+
+def of_rate(lanes: Sequence[dict[str, float]], rate: float, values: Sequence[float]) -> list[float]:
+    """The values of the lanes with that learning rate."""
+    return [x for x, lane in zip(values, lanes, strict=True) if lane["learning_rate"] == rate]
+
+
+def about(options: Any, command: str) -> dict[str, Any]:
+    """What is recorded with results: options (a dataclass with `out`), what was typed, when, on what."""
+    import jax  # here: plots do without
+
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "options": to_dict(options) | {"out": str(options.out)},
+    }
 
 
 def save(path: Path, about: dict[str, Any], results: Sequence[Any]) -> None:

@@ -5,7 +5,6 @@ strengths reach 2 (negative eigenvalues) can, on rows longer than it was trained
 reflection at most: a swap needs one, other permutations several.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +27,8 @@ def settings() -> tuple[Any, Any]:
         target=1.0,
         batch_tokens=1024,
     )
-    full = dataclasses.replace(
+    full = command.on_one_gpu(
         small,
-        setting="full",
         tasks=("parity", "s3", "s5_swaps"),
         mixers=("delta_net_neg", "delta_net", "gated_delta_net_neg", "gated_delta_net", "kda_neg", "kda"),
         lengths=(64,),
@@ -39,19 +37,15 @@ def settings() -> tuple[Any, Any]:
         learning_rates=(3e-4, 1e-3, 3e-3),
         seeds=(0, 1, 2),
         steps=10_000,
-        eval_every=250,
-        batch_tokens=16_384,
         head_dim=128,
         intermediate_size=768,
-        dtype="bfloat16",
-        compile_ahead=3,
     )
     return small, full
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Parses options, trains, and returns the exit status."""
-    return command.run("train.experiments.state_tracking", settings, args)
+    return command.sweep("train.experiments.state_tracking", settings, args)
 
 
 if __name__ == "__main__":

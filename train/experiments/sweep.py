@@ -1,18 +1,15 @@
 """Runs a sweep: every task and length, its mixers in turns, learning rates and seeds side by side."""
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from deltajax.models import ModelConfig
 from train.config import ConfigError, OptimizerConfig
-from train.config_dict import to_dict
 from train.experiments import options as names
 from train.experiments import results
 from train.experiments.lanes import Lane, Lanes
@@ -51,13 +48,7 @@ def run_sweep(options: SweepOptions, say: Callable[[str], None], command: str = 
         for length in options.lengths_of(task)
     ]
     found = [run.result for group in runs for run in group]
-    about = {
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "options": to_dict(options) | {"out": str(options.out)},
-    }
+    about = results.about(options, command)
 
     def save() -> None:
         results.save(options.out, about, found)

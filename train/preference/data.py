@@ -4,11 +4,9 @@ Two answers to one prompt always lie in one row, as segments of their own: neith
 pair. `answers` marks the targets that count, those of the answers and of the end of the document after them.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -17,7 +15,7 @@ from grain import experimental as grain_experimental
 
 from deltajax.tokenizer import Tokenizer
 from train.data import Batch, StreamBatches
-from train.documents import BadData, DataError, expand
+from train.documents import BadData, DataError, expand, json_records
 
 _STREAMS = 16  # as many as divide the batch are read side by side, for any number of processes
 _PACKING_ROWS = 16  # that a stream fills side by side
@@ -50,23 +48,14 @@ def read_pairs(patterns: Sequence[str], tokenizer: Tokenizer, bad: BadData | Non
     for name in expand(patterns):
         if not name.endswith(".jsonl"):
             raise DataError(f"{name}: expected a .jsonl file of pairs")
-        for number, line in enumerate(Path(name).read_bytes().splitlines(), start=1):
-            if not line.strip():
-                continue
-            where = f"{name}:{number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                bad.found(f"{where}: not valid JSON ({error})", error)
-                continue
+        for where, record in json_records(name, bad):
             given = record if isinstance(record, dict) else {}
-            texts = [given[field] for field in _FIELDS if isinstance(given.get(field), str)]
-            if len(texts) < len(_FIELDS):
-                missing = ", ".join(field for field in _FIELDS if not isinstance(given.get(field), str))
+            missing = ", ".join(field for field in _FIELDS if not isinstance(given.get(field), str))
+            if missing:
                 bad.found(f"{where}: no text in {missing}; expected prompt, chosen and rejected")
                 continue
             try:
-                encoded = [text.encode() for text in texts]
+                encoded = [given[field].encode() for field in _FIELDS]
             except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
                 bad.found(f"{where}: text that is not Unicode ({error})", error)
                 continue

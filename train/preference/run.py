@@ -139,15 +139,7 @@ class PreferenceRun(Run):
         """Packed pairs; for DPO, with the reference's log-probabilities."""
         if self.options.method == "dpo":
             self._add_reference()
-        return train_rows(
-            self.train_pairs,
-            seq_len=self.config.data.seq_len,
-            batch_size=self.config.data.batch_size,
-            seed=self.config.seed,
-            process_index=self.data_group[0],
-            process_count=self.data_group[1],
-            prefetch=self.config.data.prefetch,
-        )
+        return train_rows(self.train_pairs, **self.reading)
 
     def _add_reference(self) -> None:
         everything = Examples([*self.train_pairs.rows, *self.held_out_pairs.rows])
