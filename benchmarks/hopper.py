@@ -19,7 +19,7 @@ import tyro
 
 from benchmarks import problems
 from benchmarks.op_times import busy_ms, elapsed_ms, print_profile
-from deltajax.ops import dispatch
+from deltajax.ops import dispatch, pallas_gpu
 from tests import cases
 
 KERNEL = dispatch.PALLAS["cuda"]
@@ -39,6 +39,11 @@ FULL_WIDTH = [
     cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="softplus"),
     cases.Case("channel", T=1000, K=128, V=128, H=2, HV=2, decay="slow", beta_max=2.0),
     cases.Case("channel", T=1000, K=128, V=128, B=2, H=2, HV=4, decay="softplus", segments="packed"),
+    # Segments with states of their own.
+    cases.Case("none", T=1000, K=128, V=128, H=2, HV=4, segments="states", beta_max=2.0),
+    cases.Case("head", T=1000, K=128, V=128, B=2, H=2, HV=4, segments="states", decay="softplus"),
+    cases.Case("channel", T=1000, K=128, V=128, B=2, H=2, HV=2, segments="states", decay="bounded"),
+    cases.Case("head", T=1000, K=256, V=256, B=2, segments="states", decay="slow"),
     # Heads of which two warpgroups share a state column.
     cases.Case("none", T=1000, K=256, V=256, H=2, HV=4, beta_max=2.0),
     cases.Case("none", T=520, K=256, V=512, keys="identical", beta_max=2.0, normalize=False),
@@ -157,6 +162,7 @@ def card() -> str:
 def main(options: Options) -> int:
     """Runs the check or the table."""
     dispatch.PALLAS = {"cuda": KERNEL}
+    pallas_gpu.BACKWARD = pallas_gpu.HALF
     if options.check:
         return 0 if check(options) else 1
     rows = []

@@ -26,6 +26,13 @@ def aligned_length(T: int, num_segments: int, chunk_size: int) -> int:
     return (T + num_segments * (chunk_size - 1)) // chunk_size * chunk_size
 
 
+def spans(segment_ids: Int[Array, "B T"], num_segments: int, chunk_size: int) -> Int[Array, "B N 2"]:
+    """Each segment's first chunk and number of chunks (0 if it has no tokens) in the aligned row."""
+    counts = jnp.sum(segment_ids[:, :, None] == jnp.arange(1, num_segments + 1), axis=1)  # [B, N]
+    chunks = -(-counts // chunk_size)
+    return jnp.stack([jnp.cumsum(chunks, axis=1) - chunks, chunks], axis=-1)  # in order of id
+
+
 def layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk_size: int) -> Layout:
     """Aligns the segments of each row; ids are 1..N, each segment's tokens together."""
     B, T = segment_ids.shape
@@ -33,9 +40,7 @@ def layout(segment_ids: Int[Array, "B T"], num_segments: int, chunk_size: int) -
     NC = T2 // chunk_size
     real = segment_ids != 0
     ids = jnp.arange(1, num_segments + 1)
-    counts = jnp.sum(segment_ids[:, :, None] == ids, axis=1)  # [B, N]
-    chunks = -(-counts // chunk_size)
-    first_chunk = jnp.cumsum(chunks, axis=1) - chunks  # [B, N], in order of id
+    first_chunk, chunks = jnp.unstack(spans(segment_ids, num_segments, chunk_size), axis=-1)  # [B, N]
 
     index = jnp.cumsum(real, axis=1) - 1  # among the row's real tokens
     start = jnp.max(

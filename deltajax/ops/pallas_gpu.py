@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltajax.ops import chunked, gates, segments
+from deltajax.ops import chunked, gates, packing, segments
 from deltajax.ops.problem import Inputs, Options, vary_like
 from pallas_kernels.gpu import delta_rule
 from pallas_kernels.gpu.channel_decay import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
@@ -15,6 +15,9 @@ from pallas_kernels.gpu.tiles import CHUNK
 
 HEAD_SIZES = (64, 128, 256)  # K; others are filled up with zeros
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+# Input types whose backward pass is these kernels', not the chunked form's. That of float16 is written and
+# interpreted, and becomes HALF once `benchmarks.hopper --check`, which sets it, has passed on a card.
+BACKWARD = HALF[:1]
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
@@ -24,8 +27,6 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
         return f"q, k and v must be all bfloat16 or all float16, got {', '.join(sorted(map(str, dtypes)))}"
     if (K := inputs.q.shape[-1]) > 128 and options.gate_kind == "channel":
         return f"head size K is at most 128 with a per-channel gate, got {K}"
-    if options.num_segments is not None:
-        return "num_segments is not supported, only segment_ids that reset the state"
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size is {CHUNK}, got {options.chunk_size}"
     return other_gpu()
@@ -33,9 +34,10 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
 
 def unproven(inputs: Inputs, options: Options) -> str | None:
     """Why `implementation=None` takes the chunked form, though the kernels run when asked for, or None."""
-    del options
     if (K := inputs.q.shape[-1]) > 128:
         return f"head size K {K}: these kernels have not run on a card yet"
+    if options.num_segments is not None:
+        return "num_segments: the kernels have not run on a card with it yet"
     return None
 
 
@@ -62,13 +64,28 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
 def _run(inputs: Inputs, options: Options, *, keep: bool) -> tuple[Array, Array, Any]:
     """Outputs, final state and, to ``keep``, what the backward half reads."""
     run: Any = delta_rule.channel_forward if options.gate_kind == "channel" else delta_rule.head_forward
-    o, state, saved = run(*_call(inputs, options), **_common(options), keep=keep)
-    return *_cut(o, state, inputs), saved
+    common = _common(options) | dict(spans=_spans(inputs, options))
+    o, state, saved = run(*_call(inputs, options), **common, keep=keep)
+    return *_cut(o, state, inputs, options), saved
+
+
+def _spans(inputs: Inputs, options: Options) -> Array | None:
+    """The chunks of segments that have states of their own, [B, N, 2]; see `packing.spans`."""
+    if inputs.segment_ids is None or options.num_segments is None:
+        return None
+    return packing.spans(inputs.segment_ids, options.num_segments, CHUNK).astype(jnp.int32)
+
+
+def _layout(inputs: Inputs, options: Options) -> packing.Layout | None:
+    """How the tokens of such segments are aligned to chunks."""
+    if inputs.segment_ids is None or options.num_segments is None:
+        return None
+    return packing.layout(inputs.segment_ids, options.num_segments, CHUNK)
 
 
 def saving(inputs: Inputs, options: Options) -> tuple[Array, Array, tuple[Array, ...]]:
     """`forward`, and the arrays that `backward` reads: none where that is the chunked form."""
-    if inputs.q.dtype != jnp.bfloat16:  # its backward pass is the chunked form
+    if inputs.q.dtype not in BACKWARD:
         return *forward(inputs, options), ()
     o, state, saved = _run(inputs, options, keep=True)
     return o, state, tuple(jax.tree.leaves(saved))
@@ -85,6 +102,9 @@ def backward(
     q, k, v, beta, *decay, state = call
     dg: Array | None
     T = beta.shape[1]
+    if (layout := _layout(inputs, options)) is not None:
+        do = packing.take(do, layout.source)
+    common = _common(options) | dict(spans=_spans(inputs, options))
     do, dfinal = _pad(do, None), _transposed(dfinal, v.shape[-1], q.shape[-1])
     kept, rest = delta_rule.Kept(*saved[:3]), saved[3:]
     ddecay: tuple[Any, ...]
@@ -92,14 +112,14 @@ def backward(
         g, kind, gate = decay
         channel = delta_rule.ChannelSaved(kept, delta_rule.Chunks(*rest))
         dq, dk, dv, dbeta, dg, dgate, dstate = delta_rule.channel_backward(
-            q, k, v, beta, g, kind, gate, do, dfinal, channel, **_common(options)
+            q, k, v, beta, g, kind, gate, do, dfinal, channel, **common
         )
         ddecay = (dg.astype(g.dtype), None if kind is None else jnp.zeros_like(kind), dgate)
     else:
         gated = decay[0] is not None
         head = delta_rule.Saved(kept, *rest)
         dq, dk, dv, dbeta, dg, dstate = delta_rule.head_backward(
-            q, k, v, do, dfinal, head, gated=gated, **_common(options)
+            q, k, v, do, dfinal, head, gated=gated, **common
         )
         ddecay = (None if dg is None else dg[:, :T],)
     dcall = (dq, dk, dv, dbeta[:, :T], *ddecay, None if state is None else dstate)
@@ -111,47 +131,58 @@ def _common(options: Options) -> dict[str, Any]:
     return common | dict(lower_bound=options.lower_bound) if options.gate_kind == "channel" else common
 
 
-def _cut(o: Array, state: Array, inputs: Inputs) -> tuple[Array, Array]:
+def _cut(o: Array, state: Array, inputs: Inputs, options: Options) -> tuple[Array, Array]:
     """Outputs and the transposed final state without what filled up their sizes."""
     T, V, K = inputs.v.shape[1], inputs.v.shape[-1], inputs.q.shape[-1]
-    return o[:, :T, :, :V], state[:, :, :V, :K].mT
+    layout = _layout(inputs, options)
+    o = o[:, :T] if layout is None else packing.take(o, layout.target)
+    return o[..., :V], state[..., :V, :K].mT
 
 
 def _call(inputs: Inputs, options: Options) -> tuple[Any, ...]:
     """The kernels' arguments: (q, k, v, beta, log decay, state), or (.., beta, g, kind, gate, state)."""
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q, k, v, g = inputs.q, inputs.k, inputs.v, inputs.g
     beta, ids = inputs.beta.astype(jnp.float32), inputs.segment_ids  # [B, T, HV], [B, T]
-    if ids is not None:  # padding must not reach a product, not even as NaN
-
-        def keep(x):
-            return jnp.where((ids != 0).reshape(ids.shape + (1,) * (x.ndim - 2)), x, 0)
-
-        beta = keep(beta)
+    if g is not None and options.gate_kind == "head":
+        if ids is not None:  # before the activation: NaN in padding must not reach a gradient
+            g = _real(g, ids)
+        g = _log_decay(inputs._replace(g=g), options)
+    kind = None
+    if (layout := _layout(inputs, options)) is not None:
+        # Positions without a token get zeros: neutral ones, but for a gate that is yet to be activated.
+        q, k, v, beta = (packing.take(x, layout.source) for x in (q, k, v, beta))
+        g = None if g is None else packing.take(g, layout.source)
+        present = packing.take(jnp.ones_like(inputs.beta, jnp.float32), layout.source)
+        kind = jnp.where(present != 0, PRESENT, ABSENT)
+    elif ids is not None:  # padding must not reach a product, not even as NaN
+        beta = _real(beta, ids)
         if not options.padding_is_zero:
-            q, k, v = keep(q), keep(k), keep(v)
+            q, k, v = _real(q, ids), _real(k, ids), _real(v, ids)
         reset = jnp.broadcast_to(segments.resets(ids)[..., None], beta.shape)
+        kind = jnp.where(reset, RESET, jnp.where((ids != 0)[..., None], PRESENT, ABSENT))
+        if options.gate_kind != "channel":
+            g = jnp.where(reset, MIN_LOG_DECAY, jnp.zeros_like(beta) if g is None else _real(g, ids))
 
     q, k, v = _pad(q, HEAD_SIZES), _pad(k, HEAD_SIZES), _pad(v, None)
     state = inputs.initial_state
     if state is not None:
         state = _transposed(state, v.shape[-1], q.shape[-1])
     if options.gate_kind == "channel":
-        assert inputs.g is not None
-        kind = None
-        if ids is not None:
-            kind = jnp.where(reset, RESET, jnp.where((ids != 0)[..., None], PRESENT, ABSENT))
-        g, gate = _pad(inputs.g, HEAD_SIZES), _gate(inputs, q.shape[-1])
-        return q, k, v, beta, g, kind, gate, state
-    decay = _log_decay(inputs, options)
-    if ids is not None:
-        decay = jnp.where(reset, MIN_LOG_DECAY, jnp.zeros_like(beta) if decay is None else keep(decay))
-    return q, k, v, beta, decay, state
+        assert g is not None
+        return q, k, v, beta, _pad(g, HEAD_SIZES), kind, _gate(inputs, q.shape[-1]), state
+    return q, k, v, beta, g, state
+
+
+def _real(x: Array, ids: Array) -> Array:
+    """x [B, T, ...] with zeros at padding."""
+    return jnp.where((ids != 0).reshape(ids.shape + (1,) * (x.ndim - 2)), x, 0)
 
 
 def _transposed(state: Array, V: int, K: int) -> Array:
-    """[B, HV, K, V] to [B, HV, V, K] float32 with zeros up to the given sizes."""
+    """[..., K, V] to [..., V, K] float32 with zeros up to the given sizes."""
     state = state.astype(jnp.float32).mT
-    return jnp.pad(state, ((0, 0), (0, 0), (0, V - state.shape[2]), (0, K - state.shape[3])))
+    sizes = (V - state.shape[-2], K - state.shape[-1])
+    return jnp.pad(state, ((0, 0),) * (state.ndim - 2) + tuple((0, n) for n in sizes))
 
 
 def _gate(inputs: Inputs, K: int) -> Array | None:

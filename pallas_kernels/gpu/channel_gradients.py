@@ -74,18 +74,18 @@ def channel_gradients(
         dG = q x + k y - k z,  and for G_end  sum of k beta n exp(G_end - G) (U dS^T) + exp(G_end) <S, dS>
 
     Args:
-      q, k: [B, T, H, K] bf16; T a multiple of 8, K 64 or 128.
+      q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64 or 128.
       g, tokens, gate, lower_bound, all_present, normalize, scale: as for `channel_relations`.
       values: do, dr, U and states, V a multiple of 64.
 
     Returns:
-      dq, dk and dg [B, T, HV, K] bf16, of each value head; dbeta [B, HV, NC, 64] float32; with a gate A_log's
-      gradient in parts [B, HV, NC, K / 64, 64] float32.
+      dq, dk in q's dtype and dg bf16 [B, T, HV, K], of each value head; dbeta [B, HV, NC, 64] float32; with a
+      gate A_log's gradient in parts [B, HV, NC, K / 64, 64] float32.
     """
     B, T, H, K = q.shape
     HV, NC = tokens.shape[1:3]
     warpgroups = K // HALF
-    grads = jax.ShapeDtypeStruct((B, T, HV, K), jnp.bfloat16)
+    grads, dg = (jax.ShapeDtypeStruct((B, T, HV, K), t) for t in (q.dtype, jnp.bfloat16))
 
     per_token = jax.ShapeDtypeStruct((B, HV, NC, CHUNK), jnp.float32)
     of_parts = jax.ShapeDtypeStruct((B, HV, NC, warpgroups, CHUNK), jnp.float32)
@@ -96,8 +96,8 @@ def channel_gradients(
     relations = tile((2, CHUNK, CHUNK), jnp.float16)  # F and E
     scratch: dict[str, Any] = dict(
         part_tiles=part_tiles(K, stages=1, state_stages=2 if g.dtype.itemsize == 2 else 1, terms=1),
-        q_tile=plgpu.RefUnion(halves_of(jnp.bfloat16), halves_of(jnp.float16)),
-        k_tile=plgpu.RefUnion(halves_of(jnp.bfloat16), halves_of(jnp.float16)),
+        q_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16)),
+        k_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16)),
         relation_tile=plgpu.RefUnion(relations, halves_of(g.dtype)),
         level_tile=plgpu.RefUnion([halves_of(jnp.float16)] * 2, [halves_of(jnp.bfloat16)] * 2),
         G_tile=plgpu.SMEM((CHUNK, K + 8), jnp.float32),
@@ -121,7 +121,7 @@ def channel_gradients(
             normalize=normalize,
             scale=scale,
         ),
-        out_type=(grads, grads, grads, per_token, *[of_parts] * (gate is not None)),
+        out_type=(grads, grads, dg, per_token, *[of_parts] * (gate is not None)),
         scratch_types=scratch,
         grid=(min(MULTIPROCESSORS, num_turns(values.states)),),
         grid_names=("block",),
@@ -361,7 +361,7 @@ def _body(
             x = x - load(q) * rows(m * m * walk.summed(sums_tile, 0), square)
             w = w - load(k) * rows(n_key * n_key * walk.summed(sums_tile, 1), square)
         plgpu.commit_smem()  # all warps are done with q, k and the staged sums
-        q_raw[me], k_raw[me] = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+        q_raw[me], k_raw[me] = x.astype(dq_ref.dtype), w.astype(dk_ref.dtype)
         if gate_tile is not None:
             plgpu.barrier_wait(g_loaded)
             dg, dA = pull_gate(dg, g_tile.at[me], gate_tile, mine, lower_bound=lower_bound)

@@ -52,6 +52,7 @@ def head_forward(
     normalize: bool,
     scale: float,
     keep: bool = False,
+    spans: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Saved | None]:
     """The recurrence without a gate or with a per-head gate.
 
@@ -63,6 +64,7 @@ def head_forward(
       normalize: whether to L2-normalise q and k.
       scale: multiplies q.
       keep: whether to return what `head_backward` needs.
+      spans: of segments that have states of their own, [B, N, HV, V, K]; see `recurrence.walk`.
 
     Returns:
       o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32, `Saved` or None.
@@ -71,7 +73,8 @@ def head_forward(
     tokens = by_chunk(beta, jnp.zeros_like(beta) if g is None else g)
     solve, p, factors = head_relations(q, k, tokens, gated=gated, normalize=normalize, scale=scale)
     chunks = Chunks(q, k, None, solve, p, factors, None)
-    o, final, kept = walk(chunks, v, state, gated=gated, plan=plan(v, q.shape[-1], channel=False), keep=keep)
+    layout = plan(v, q.shape[-1], channel=False, spans=spans)
+    o, final, kept = walk(chunks, v, state, gated=gated, plan=layout, keep=keep, spans=spans)
     return o, final, None if kept is None else Saved(kept, solve, p, factors)
 
 
@@ -86,26 +89,29 @@ def head_backward(
     gated: bool,
     normalize: bool,
     scale: float,
+    spans: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Gradients of `head_forward`'s arguments.
 
     Args:
-      q, k, v, normalize, scale: as for `head_forward`, bf16.
-      do: [B, T, HV, V] bf16.
+      q, k, v, normalize, scale: as for `head_forward`.
+      do: [B, T, HV, V] in v's dtype.
       dfinal: [B, HV, V, K] float32.
       saved: of `head_forward`.
       gated: whether there was a log decay.
+      spans: as for `head_forward`.
 
     Returns:
-      dq, dk [B, T, H, K], dv [B, T, HV, V] bf16; dbeta [B, T, HV] (T as far as chunks go), dg alike or None,
-      the transposed gradient of the initial state [B, HV, V, K], float32.
+      dq, dk [B, T, H, K], dv [B, T, HV, V] in their dtype; dbeta [B, T, HV] (T as far as chunks go), dg alike
+      or None, the transposed gradient of the initial state [B, HV, V, K], float32.
     """
     kept, solve, p, factors = saved
     chunks = Chunks(q, k, None, solve, p, factors, None)
+    layout = plan(v, q.shape[-1], channel=False, spans=spans)
     dr, dv, dstates, dinitial = walk_back(
-        chunks, do, dfinal, kept.moved, gated=gated, plan=plan(v, q.shape[-1], channel=False)
+        chunks, do, dfinal, kept.moved, gated=gated, plan=layout, spans=spans
     )
-    values = PartInputs(do, dr, kept.written, kept.states, dstates)
+    values = PartInputs(do.astype(jnp.bfloat16), dr, kept.written, kept.states, dstates)
     dq, dk, dbeta, dG = head_gradients(q, k, factors, values, gated=gated, normalize=normalize, scale=scale)
     dg = by_token(lax.cumsum(dG, axis=3, reverse=True)) if gated else None
     dq, dk = over_group(dq, q, normalize), over_group(dk, k, normalize)
@@ -148,6 +154,7 @@ def channel_forward(
     normalize: bool,
     scale: float,
     keep: bool = False,
+    spans: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, ChannelSaved | None]:
     """The recurrence with a per-channel gate.
 
@@ -157,6 +164,7 @@ def channel_forward(
       kind: [B, t, HV] float32, what becomes of each token (`channel_decay.PRESENT`, ...); None: all are
         present.
       keep: whether to return what `channel_backward` needs.
+      spans: as for `head_forward`.
 
     Returns:
       as `head_forward`.
@@ -174,7 +182,8 @@ def channel_forward(
         scale=scale,
     )
     chunks = Chunks(queries, reads, keys, solve, p, tokens[:, :, :, :1], decay)
-    o, final, kept = walk(chunks, v, state, gated=True, plan=plan(v, q.shape[-1], channel=True), keep=keep)
+    layout = plan(v, q.shape[-1], channel=True, spans=spans)
+    o, final, kept = walk(chunks, v, state, gated=True, plan=layout, keep=keep, spans=spans)
     return o, final, None if kept is None else ChannelSaved(kept, chunks)
 
 
@@ -193,21 +202,25 @@ def channel_backward(
     lower_bound: float | None,
     normalize: bool,
     scale: float,
+    spans: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Gradients of `channel_forward`'s arguments.
 
     Args:
-      q, k, v, beta, g, kind, gate, lower_bound, normalize, scale: as for `channel_forward`, bf16.
+      q, k, v, beta, g, kind, gate, lower_bound, normalize, scale: as for `channel_forward`.
       do, dfinal: as for `head_backward`.
       saved: of `channel_forward`.
+      spans: as for `head_forward`.
 
     Returns:
       as `head_backward`, dg [B, T, HV, K] bf16; behind it the gradient of gate [HV, 2, K] float32 or None.
     """
     kept, chunks = saved
-    layout = plan(v, q.shape[-1], channel=True)
-    dr, dv, dstates, dinitial = walk_back(chunks, do, dfinal, kept.moved, gated=True, plan=layout)
-    values = PartInputs(do, dr, kept.written, kept.states, dstates)
+    layout = plan(v, q.shape[-1], channel=True, spans=spans)
+    dr, dv, dstates, dinitial = walk_back(
+        chunks, do, dfinal, kept.moved, gated=True, plan=layout, spans=spans
+    )
+    values = PartInputs(do.astype(jnp.bfloat16), dr, kept.written, kept.states, dstates)
     dq, dk, dg, dbeta, *dA = channel_gradients(
         q,
         k,
@@ -247,14 +260,18 @@ def by_chunk(beta: jax.Array, other: jax.Array) -> jax.Array:
     return x.reshape(2, B, NC, CHUNK, HV).transpose(1, 4, 2, 0, 3)
 
 
-def plan(v: jax.Array, K: int, *, channel: bool) -> Plan:
-    """The walk's layout, by how many heads there are to spread over the chip."""
+def plan(v: jax.Array, K: int, *, channel: bool, spans: jax.Array | None = None) -> Plan:
+    """The walk's layout, by how many heads (of segments, with ``spans``) there are to spread."""
     B, T, HV, V = v.shape
+    if spans is not None:
+        B *= spans.shape[1]
     stages = 2 if channel or K > SIDE else 3  # as many as shared memory holds
     if V % 128 == 0 and K <= SIDE and B * HV >= MULTIPROCESSORS:
         return Plan(warpgroups=2, stages=stages)
     # With few heads: as many runs of a sequence as have a multiprocessor each, if that makes the second pass
     # over the chunks worth while.
     blocks = B * HV * (V // 64)
+    if spans is not None:
+        return Plan(warpgroups=1, stages=stages)
     runs = min(MULTIPROCESSORS // blocks, MOST_RUNS, T // CHUNK // LEAST_CHUNKS)
     return Plan(warpgroups=1, stages=stages, runs=runs if runs > 2 else 1)

@@ -18,7 +18,7 @@ from pallas_kernels.gpu.gradient_parts import (
 )
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, NUM_FACTORS, OUT, QUERY, READ, SUM
 from pallas_kernels.gpu.sides import sides_of
-from pallas_kernels.gpu.tiles import CHUNK, COLUMN, HALF, ROW, columns, cut, iota, load, rows, split, tile
+from pallas_kernels.gpu.tiles import CHUNK, COLUMN, HALF, ROW, L, columns, cut, iota, load, rows, split, tile
 
 STAGES = 2
 
@@ -56,13 +56,14 @@ def head_gradients(
     terms: where keys repeat, U and dR alternate, and their sums are far smaller than they.
 
     Args:
-      q, k: [B, T, H, K] bf16; T a multiple of 8, K 64, 128 or 256.
+      q, k: [B, T, H, K] bf16 or f16 (rounded to bf16 here); T a multiple of 8, K 64, 128 or 256.
       factors: [B, HV, NC, 8, 64] float32.
       values: do, dr, U and states, V a multiple of 64.
       gated, normalize, scale: as for `head_relations`.
 
     Returns:
-      dq, dk [terms, B, T, HV, K] bf16, of each value head (two terms where K > 128 is still to be projected);
+      dq, dk [1, B, T, HV, K] in q's dtype, or [2, B, T, HV, K], two bf16 terms, where K > 128 is still to be
+      projected, of each value head;
       dbeta and the gradient of each token's G (a chunk's last one with G_end's) [B, HV, NC, 64] float32.
     """
     B, T, H, K = q.shape
@@ -70,14 +71,15 @@ def head_gradients(
     sides = sides_of(K)
     warpgroups = K // sides // HALF
     terms = 2 if normalize and sides > 1 else 1
-    grads = jax.ShapeDtypeStruct((terms, B, T, HV, K), jnp.bfloat16)
+    grads = jax.ShapeDtypeStruct((terms, B, T, HV, K), jnp.bfloat16 if terms == 2 else q.dtype)
+    raw, wide = (tile((warpgroups, CHUNK, HALF), t) for t in (q.dtype, jnp.bfloat16))
     kernel = plgpu.kernel(
         partial(_body, group=HV // H, gated=gated, normalize=normalize, scale=scale),
         out_type=(grads, grads, jax.ShapeDtypeStruct((B, HV, NC, sides, 2, CHUNK), jnp.float32)),
         scratch_types=dict(
             part_tiles=part_tiles(K, stages=STAGES, state_stages=STAGES, terms=values.dr.shape[0]),
-            q_tile=tile((warpgroups, CHUNK, HALF), jnp.bfloat16),
-            k_tile=tile((warpgroups, CHUNK, HALF), jnp.bfloat16),
+            q_tile=raw if q.dtype == jnp.bfloat16 else plgpu.RefUnion(raw, wide),
+            k_tile=raw if q.dtype == jnp.bfloat16 else plgpu.RefUnion(raw, wide),
             f_tile=tile((2, CHUNK, CHUNK), jnp.bfloat16),
             e_tile=tile((2, CHUNK, CHUNK), jnp.bfloat16),
             zero_tile=plgpu.SMEM((8,), jnp.int32),  # see `zero` below
@@ -125,6 +127,9 @@ def _body(
 ):
     wg = lax.axis_index("warpgroup")
     walk = Parts(values, part_tiles, gated)
+    q_raw, k_raw = q_tile, k_tile
+    if q_ref.dtype != jnp.bfloat16:
+        (q_raw, q_tile), (k_raw, k_tile) = q_tile, k_tile
     square = (CHUNK, HALF)
     row, column = iota(0), iota(1)
 
@@ -136,7 +141,7 @@ def _body(
             plgpu.copy_gmem_to_smem(factors_ref.at[b, h, c, which], column_tile.at[i], chunk_loaded)
         for half in range(walk.warpgroups):
             channels = walk.channels(side, half)
-            for ref, to in ((q_ref, q_tile), (k_ref, k_tile)):
+            for ref, to in ((q_ref, q_raw), (k_ref, k_raw)):
                 plgpu.copy_gmem_to_smem(ref.at[b, here, h // group, channels], to.at[half], chunk_loaded)
 
     walk.start()
@@ -163,6 +168,9 @@ def _body(
         # Unknown to the compiler, so that it computes addresses here and not, to be spilled, before the loop.
         zero = zero_tile[0]
         q, k = q_tile.at[wg + zero], k_tile.at[wg + zero]
+        if q_ref.dtype != jnp.bfloat16:
+            for to, raw in ((q, q_raw), (k, k_raw)):
+                to[...] = plgpu.load(raw.at[wg + zero], layout=L).astype(jnp.bfloat16)
         x = x * rows(by_token(OUT), square)
         y = y * rows(by_token(BETA) * -by_token(READ), square)
         z = z * rows(by_token(BETA) * by_token(KEEP), square)
@@ -216,7 +224,8 @@ def _body(
             w = w - load(k) * rows(n_key * n_key * (stored + reading), square)
         q_terms, k_terms = [q], [k]
         if dq_ref.shape[0] == 1:
-            q[...], k[...] = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+            q_terms, k_terms = [q_raw.at[wg + zero]], [k_raw.at[wg + zero]]
+            q_terms[0][...], k_terms[0][...] = x.astype(q_ref.dtype), w.astype(k_ref.dtype)
         else:  # F and E are done with
             q_terms.append(f_tile.at[wg + zero])
             k_terms.append(e_tile.at[wg + zero])

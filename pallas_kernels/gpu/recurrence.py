@@ -52,7 +52,8 @@ class Plan:
     Attributes:
       warpgroups: of a block, with K > 128 pairs of them (one); a block owns 64 state columns for each.
       stages: chunks in flight.
-      runs: into how many runs of chunks the sequence is split, to occupy a chip that has few heads to walk.
+      runs: into how many runs of chunks the sequence is split, to occupy a chip that has few heads to walk;
+        or segments that have states of their own.
     """
 
     warpgroups: int
@@ -69,7 +70,14 @@ class Kept(NamedTuple):
 
 
 def walk(
-    chunks: Chunks, v: jax.Array, state: jax.Array | None, *, gated: bool, plan: Plan, keep: bool = False
+    chunks: Chunks,
+    v: jax.Array,
+    state: jax.Array | None,
+    *,
+    gated: bool,
+    plan: Plan,
+    keep: bool = False,
+    spans: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Kept | None]:
     """Outputs and final state.
 
@@ -90,12 +98,19 @@ def walk(
       gated: whether there is a decay (always with a per-channel gate).
       plan: the layout.
       keep: whether to return what the backward pass needs.
+      spans: [B, N, 2] int32, first chunk and number of chunks of each segment, where every segment has a
+        state of its own, [B, N, HV, V, K] the initial and final ones. Nothing is written for other chunks.
 
     Returns:
       o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32, `Kept` or None.
     """
     B, _, HV, V = v.shape
     K = chunks.reads.shape[-1]
+    if spans is not None:
+        plan = dataclasses.replace(plan, runs=spans.shape[1])
+        no_runs = jnp.zeros((B, 0, HV, K, K), jnp.float32)
+        o, final, *kept = _call(chunks, v, state, gated, plan, outputs=True, keep=keep, spans=spans)
+        return o, final, Kept(kept[0], kept[1], no_runs) if keep else None
     moved = jnp.zeros((B, 0, HV, K, K), jnp.float32)
     if plan.runs > 1:
         action = _call(chunks, v, None, gated, plan, outputs=False, keep=keep)
@@ -123,7 +138,7 @@ def run_states(added: jax.Array, moved: jax.Array, state: jax.Array | None, runs
     return jnp.stack(states, axis=1)
 
 
-def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
+def _call(chunks, v, state, gated, plan, *, outputs, keep=False, spans=None):
     """The kernel: ``outputs``, states behind each run and what to ``keep``; or the runs' actions.
 
     Of the last run's action nobody but a backward pass, for which one is to ``keep``, makes use.
@@ -182,7 +197,7 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False):
         # Staging outputs already keeps the warps together: `commit_smem` and `wait_smem_to_gmem`.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=outputs),
     )
-    return kernel(chunks, v, state)
+    return kernel(chunks, v, state, spans)
 
 
 def _out_tiles(warpgroups, width, dtype, sides, outputs, keep) -> Any:
@@ -203,6 +218,7 @@ def _body(
     chunks,
     v_ref,
     state_ref,
+    spans_ref,
     *refs,
     k_tile,
     v_tile,
@@ -249,7 +265,9 @@ def _body(
     per_run = pl.cdiv(num_chunks, plan.runs)
     start = run * per_run
     even = num_chunks % plan.runs == 0
-    count = per_run if even else lax.min(per_run, num_chunks - start)
+    count: Any = per_run if even else lax.min(per_run, num_chunks - start)
+    if spans_ref is not None:
+        even, start, count = False, spans_ref[b, run, 0], spans_ref[b, run, 1]
 
     def load_chunk(i, slot):
         c, bar = start + i, loaded.at[slot]

@@ -23,7 +23,14 @@ from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, r
 
 
 def walk_back(
-    chunks: Chunks, do: jax.Array, dfinal: jax.Array, moved: jax.Array, *, gated: bool, plan: Plan
+    chunks: Chunks,
+    do: jax.Array,
+    dfinal: jax.Array,
+    moved: jax.Array,
+    *,
+    gated: bool,
+    plan: Plan,
+    spans: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of what the walk computes from the values.
 
@@ -35,18 +42,22 @@ def walk_back(
 
     Args:
       chunks: as for `recurrence.walk`.
-      do: [B, T, HV, V] bf16, the gradient of o.
+      do: [B, T, HV, V] bf16 or f16, the gradient of o.
       dfinal: [B, HV, V, K] float32, the transposed gradient of the final state.
       moved: of `recurrence.Kept`.
       gated: whether there is a decay.
       plan: the layout, as for `recurrence.walk` and with as many runs.
+      spans: as for `recurrence.walk`, with a gradient of every segment's final and initial state.
 
     Returns:
       dR [terms, B, T, HV, V] bf16, the sum of two terms with a per-head decay (its gradient needs them); the
-      values' gradient ``n beta dR`` [B, T, HV, V] bf16; the transposed gradients of the states that leave the
-      chunks [B, HV, NC, V, K] bf16 and, float32, of the initial state [B, HV, V, K].
+      values' gradient ``n beta dR`` [B, T, HV, V] in do's dtype; the transposed gradients of the states that
+      leave the chunks [B, HV, NC, V, K] bf16 and, float32, of the initial state [B, HV, V, K].
     """
     plan = dataclasses.replace(plan, stages=2)
+    if spans is not None:
+        plan = dataclasses.replace(plan, runs=spans.shape[1])
+        return _call(chunks, do, dfinal, gated, plan, outputs=True, spans=spans)
     state = dfinal[:, None]
     if plan.runs > 1:
         one = dataclasses.replace(plan, warpgroups=1)
@@ -57,7 +68,7 @@ def walk_back(
     return dr, dv, dstates, dinitial[:, 0]
 
 
-def _call(chunks, do, state, gated, plan, *, outputs):
+def _call(chunks, do, state, gated, plan, *, outputs, spans=None):
     """The kernel; without ``outputs``, what the outputs of each run but the first add to the gradient."""
     B, _, HV, V = do.shape
     K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
@@ -86,10 +97,13 @@ def _call(chunks, do, state, gated, plan, *, outputs):
     union = [tile((warpgroups * sides, CHUNK, WIDTH), jnp.float32)] if sides == 2 else []
     if outputs:
         union.append(tile((warpgroups * sides, several * CHUNK * WIDTH // width, width), jnp.bfloat16))
-        union.append(tile((warpgroups * sides, several, CHUNK, WIDTH), jnp.bfloat16))
+        union += [
+            tile((warpgroups * sides, several, CHUNK, WIDTH), t) for t in (jnp.bfloat16, do.dtype)
+        ]  # dR, dV
     shared["out_tiles"] = plgpu.RefUnion(*union) if len(union) > 1 else tuple(union)
     if outputs:
-        dr, dv = (jax.ShapeDtypeStruct((*lead, *do.shape), jnp.bfloat16) for lead in ((terms,), ()))
+        dr = jax.ShapeDtypeStruct((terms, *do.shape), jnp.bfloat16)
+        dv = jax.ShapeDtypeStruct(do.shape, do.dtype)
         results = (dr, dv, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
     kernel = plgpu.kernel(
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
@@ -103,13 +117,14 @@ def _call(chunks, do, state, gated, plan, *, outputs):
         # Staging outputs already keeps the warps together: `commit_smem` and `wait_smem_to_gmem`.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=outputs),
     )
-    return kernel(chunks, do, state)
+    return kernel(chunks, do, state, spans)
 
 
 def _body(
     chunks,
     do_ref,
     state_ref,
+    spans_ref,
     *refs,
     q_tile,
     k_tile,
@@ -134,7 +149,8 @@ def _body(
     side, of_side = sides.mine, sides.channels(sides.mine)
     share_tile: Any = own_tiles.pop(0) if sides.number == 2 else None
     state_tile: Any = own_tiles.pop(0) if own_tiles else None
-    values_tile: Any = own_tiles.pop(0) if own_tiles else None
+    dr_tile: Any = own_tiles.pop(0) if own_tiles else None
+    dv_tile: Any = own_tiles.pop(0) if own_tiles else None
     h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
     num_runs = first_ref.shape[1]
     b, run = (lax.div(lax.axis_index("batch_run"), num_runs), lax.rem(lax.axis_index("batch_run"), num_runs))
@@ -150,7 +166,9 @@ def _body(
     per_run = pl.cdiv(num_chunks, plan.runs)
     start = (run if outputs else run + 1) * per_run
     even = num_chunks % plan.runs == 0
-    count = per_run if even else lax.min(per_run, num_chunks - start)
+    count: Any = per_run if even else lax.min(per_run, num_chunks - start)
+    if spans_ref is not None:
+        even, start, count = False, spans_ref[b, run, 0], spans_ref[b, run, 1]
 
     def chunk_of(i):
         return start + count - 1 - i
@@ -276,17 +294,15 @@ def _body(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # they lie where the state did
             dr_ref, dv_ref = out_refs[:2]
             terms = split(dr, jnp.bfloat16)[: dr_ref.shape[0]]
-            leaving = [
-                (dvalues.astype(jnp.bfloat16), dv_ref),
-                *[(x, dr_ref.at[j]) for j, x in enumerate(terms)],
-            ]
+            leaving = [(dvalues.astype(dv_ref.dtype), dv_tile, dv_ref)]
+            leaving += [(x, dr_tile, dr_ref.at[j]) for j, x in enumerate(terms)]
 
             def leave(leaving):
-                for j, (x, _) in enumerate(leaving):
-                    values_tile.at[wg, j].transpose((1, 0))[...] = x
+                for j, (x, to, _) in enumerate(leaving):
+                    to.at[wg, j].transpose((1, 0))[...] = x
                 plgpu.commit_smem()
-                for j, (_, ref) in enumerate(leaving):
-                    plgpu.copy_smem_to_gmem(values_tile.at[wg, j], ref.at[b, here, h, mine])
+                for j, (_, to, ref) in enumerate(leaving):
+                    plgpu.copy_smem_to_gmem(to.at[wg, j], ref.at[b, here, h, mine])
 
             if sides.number == 1:
                 leave(leaving)

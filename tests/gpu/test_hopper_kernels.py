@@ -100,12 +100,30 @@ GRADIENTS = [
     cases.Case("channel", T=65, K=64, V=64, decay="slow"),
     cases.Case("channel", T=130, K=64, V=64, decay="half50", beta_max=2.0, initial=False),
     cases.Case("head", T=65, K=256, V=64, decay="softplus", segments="packed"),
+    pytest.param(cases.Case("none", T=130, K=64, V=64, H=1, HV=2, segments="states"), marks=pytest.mark.slow),
+    cases.Case("head", T=130, K=64, V=64, decay="slow", segments="states"),
+    pytest.param(
+        cases.Case("channel", T=130, K=64, V=64, decay="bounded", segments="states"), marks=pytest.mark.slow
+    ),
 ]
 
 
 @pytest.mark.parametrize("case", GRADIENTS, ids=str)
 def test_interpreted_backward_agrees_with_the_recurrence(case, monkeypatch):
     check_interpreted_backward(case, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case("head", T=65, K=64, V=64, decay="slow", beta_max=2.0),
+        cases.Case("channel", T=65, K=64, V=64, decay="softplus"),
+    ],
+    ids=str,
+)
+def test_interpreted_backward_of_float16(case, monkeypatch):
+    check_interpreted_backward(case, monkeypatch, jnp.float16)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +199,11 @@ def test_zeros_at_padding_need_no_masked_copies(gated):
     assert program(True) == 0
 
 
-def check_interpreted_backward(case, monkeypatch):
+def check_interpreted_backward(case, monkeypatch, dtype=jnp.bfloat16):
     interpreted_products(monkeypatch)
-    x = cases.arrays(case, jnp.bfloat16)
-    x["do"] = x["do"].astype(jnp.bfloat16)
+    monkeypatch.setattr(pallas_gpu, "BACKWARD", pallas_gpu.HALF)
+    x = cases.arrays(case, dtype)
+    x["do"] = x["do"].astype(dtype)
     do, dstate = jnp.asarray(x["do"]), jnp.asarray(x["dstate"])
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         inputs, options = captured(case, x, monkeypatch)
@@ -287,7 +306,6 @@ def test_few_heads_walk_in_runs():
     [
         (dict(dtype="float32"), "must be all bfloat16 or all float16"),
         (dict(gate="channel", K=256), "head size K is at most 128"),
-        (dict(segments="states"), "num_segments"),
         (dict(chunk_size=32), "chunk_size is 64"),
     ],
 )
@@ -301,10 +319,17 @@ def test_says_what_it_does_not_support(change, why, monkeypatch):
         cases.call(case, x, "pallas", change.get("chunk_size"))
 
 
-@pytest.mark.parametrize(("K", "kernels"), [(128, True), (256, False)])
-def test_unproven_kernels_run_only_when_asked_for(K, kernels, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        (cases.Case("head", T=64, K=128, V=64), True),
+        (cases.Case("head", T=64, K=256, V=64), False),
+        (cases.Case("head", T=64, K=64, V=64, segments="states"), False),
+    ],
+    ids=str,
+)
+def test_unproven_kernels_run_only_when_asked_for(case, kernels, monkeypatch):
     monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
-    case = cases.Case("head", T=64, K=K, V=64)
     x = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cases.arrays(case, jnp.dtype("bfloat16"))
     )
