@@ -340,3 +340,17 @@ def test_unproven_kernels_run_only_when_asked_for(case, kernels, monkeypatch):
 
     assert "mosaic_gpu" in text("pallas")
     assert ("mosaic_gpu" in text(None)) == kernels
+
+
+@pytest.mark.parametrize("segments", ["packed", "states"])
+def test_nan_in_a_padded_tokens_gate_reaches_no_gradient(segments, monkeypatch):
+    case = cases.Case("head", T=130, K=64, V=64, decay="softplus", segments=segments)
+    x = cases.arrays(case, jnp.bfloat16)
+    x["g"] = np.where(x["segment_ids"][..., None] == 0, np.nan, x["g"]).astype(x["g"].dtype)
+    inputs, options = captured(case, x, monkeypatch)
+
+    def total(A_log, g):
+        return pallas_gpu._call(inputs._replace(A_log=A_log, g=g), options)[4].sum()
+
+    for gradient in jax.grad(total, argnums=(0, 1))(inputs.A_log, inputs.g):
+        assert jnp.all(jnp.isfinite(gradient.astype(jnp.float32)))
