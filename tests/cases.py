@@ -147,7 +147,9 @@ def arrays(case: Case, dtype=np.float64, seed: int = SEED) -> dict[str, np.ndarr
                 g = -5 + 0.1 * noise
             case "half50":
                 g = np.where(token < 0.5, -50.0, -0.1 * np.abs(noise))
-                g[:, 0] = -0.1 * np.abs(noise[:, 0])  # the initial state's gradient is no number below float32's
+                g[:, 0] = -0.1 * np.abs(
+                    noise[:, 0]
+                )  # the initial state's gradient is no number below float32's
             case "reset":
                 g = -0.01 * np.abs(noise)
                 g[:, T // 2] = -np.inf

@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
 
 # Name -> the task in the small setting, for a CPU, and in the full one.
 TASKS: Mapping[str, tuple[Sizes, Sizes]] = {
-    "mqar": (Sizes(MQAR(vocabulary=64), 32), Sizes(MQAR(), 512)),
+    "mqar": (Sizes(MQAR(vocabulary=64), 32), Sizes(MQAR(fewest=4), 512)),
     "palindrome": (Sizes(Palindrome(symbols=15), 16), Sizes(Palindrome(), 256)),
     "stacks": (Sizes(Stacks(stacks=4, symbols=8), 48), Sizes(Stacks(), 256)),
     "rebinding": (Sizes(Rebinding(4, 8), 48), Sizes(Rebinding(), 256)),
