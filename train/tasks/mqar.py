@@ -22,7 +22,7 @@ class MQAR(Task):
         vocabulary: tokens in all: keys in [1, vocabulary / 2), values in the upper half.
         pairs: key-value pairs; None for an eighth of the length.
         power: exponent a of the gaps' law p(gap) ~ gap^(a - 1); 1 is uniform, near 0 most are short.
-        fewest: if not None, a row has `fewest`, twice as many, and so on up to all of the pairs, equally often:
+        fewest: if not None, a row has `fewest`, twice as many, and so on up to all pairs, equally often:
             models that see rows of all pairs alone stay at chance for thousands of steps.
     """
 
