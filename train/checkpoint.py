@@ -29,7 +29,15 @@ from train.step import TrainState
 # Fields of the model's configuration that decide how it computes, and neither its parameters nor, but for
 # rounding, its function: a checkpoint may be resumed with others.
 ARITHMETIC = frozenset(
-    {"dtype", "remat", "scan_layers", "chunk_size", "implementation", "attention_implementation"}
+    {
+        "dtype",
+        "remat",
+        "scan_layers",
+        "chunk_size",
+        "implementation",
+        "attention_implementation",
+        "expert_implementation",
+    }
 )
 
 

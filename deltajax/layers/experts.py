@@ -1,7 +1,7 @@
 """The experts of a mixture: each token through those that were chosen for it, all of them, on any mesh."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,12 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from deltajax.layers import expert_rows
+from deltajax.layers.expert_rows import Rows, add_up, take
 from deltajax.layers.parameters import INITIALIZER_RANGE, parameter
-from deltajax.layers.sharding import MatrixGradient, OpSharding, accumulator, op_sharding
+from deltajax.layers.sharding import MatrixGradient, OpSharding, op_sharding
+from deltajax.ops.problem import vary_alike
+from deltajax.ops.refusal import refuse, supporting
 
 Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
 _AXES = ("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
@@ -24,6 +28,9 @@ class Experts(nnx.Module):
     `jax.lax.ragged_dot`; a few rows, no more than experts, each by a copy of its expert's matrices. The
     backward pass keeps the inputs only and makes the two middle products again, for the sorted rows are as
     many times larger as there are choices.
+
+    With `implementation="pallas"` kernels multiply, on Hopper GPUs only: bfloat16 or float16, and widths that
+    are multiples of 128. They have not run on a card yet, so nothing takes them unasked.
 
     Under `shard_ops` with `experts`, a device has its own experts only. It gathers the tokens (and choices)
     of the devices it shares that axis with, adds up what its experts return for each, and the sums go back to
@@ -38,7 +45,11 @@ class Experts(nnx.Module):
       initializer_range: standard deviation of the kernels.
       dtype: compute dtype; weighted sums are in float32.
       param_dtype: dtype of the kernels, stacked: gate_proj and up_proj [E, D, F], down_proj [E, F, D].
+      implementation: "pallas" for the kernels, or None.
       rngs: parameter randomness.
+
+    Raises:
+      ValueError: another implementation.
     """
 
     def __init__(
@@ -50,10 +61,14 @@ class Experts(nnx.Module):
         initializer_range: float = INITIALIZER_RANGE,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        implementation: Literal["pallas"] | None = None,
         rngs: nnx.Rngs,
     ):
+        if implementation not in ("pallas", None):
+            raise ValueError(f"implementation={implementation!r}: expected 'pallas' or None")
         self.num_experts = num_experts
         self.dtype = dtype
+        self.implementation = implementation
         normal = nnx.initializers.normal(initializer_range)
         wide = (num_experts, hidden_size, intermediate_size)
         self.gate_proj = parameter(normal, wide, _AXES[0], param_dtype, rngs)
@@ -76,6 +91,7 @@ class Experts(nnx.Module):
 
         Raises:
           ValueError: under `shard_ops`, devices that do not divide the experts.
+          NotImplementedError: "pallas", and there is no kernel for the dtype, the widths or the platform.
         """
         kernels = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
         where = op_sharding()
@@ -84,18 +100,18 @@ class Experts(nnx.Module):
                 f"shard_ops(experts={where.experts!r}): {self.num_experts} experts do not split over "
                 f"{where.size(where.experts)} devices"
             )
-        return _apply(jnp.asarray(x, self.dtype), choice, weight, kernels, where)
+        return _apply(jnp.asarray(x, self.dtype), choice, weight, kernels, where, self.implementation)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _apply(x, choice, weight, kernels: Kernels, where: OpSharding | None) -> Float[Array, "B T D"]:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _apply(x, choice, weight, kernels: Kernels, where: OpSharding | None, implementation: str | None) -> Any:
     if where is None:
-        return _forward(x, choice, weight, kernels, 0)
+        return _forward(implementation, x, choice, weight, kernels, 0)
     places = _Places.of(where, x, kernels)
 
     def local(x, choice, weight, *kernels):
         x, choice, weight = (places.gather(a) for a in (x, choice, weight))
-        y = _forward(x, choice, weight, places.whole(kernels, x.dtype), places.first(kernels))
+        y = _forward(implementation, x, choice, weight, places.whole(kernels, x.dtype), places.first(kernels))
         return places.scatter(y)
 
     return jax.shard_map(
@@ -106,21 +122,22 @@ def _apply(x, choice, weight, kernels: Kernels, where: OpSharding | None) -> Flo
     )(x, choice, weight, *kernels)
 
 
-def _apply_fwd(x, choice, weight, kernels, where):
-    return _apply(x, choice, weight, kernels, where), (x, choice, weight, kernels)
+def _apply_fwd(x, choice, weight, kernels, where, implementation):
+    return _apply(x, choice, weight, kernels, where, implementation), (x, choice, weight, kernels)
 
 
-def _apply_bwd(where: OpSharding | None, residuals, dy):
+def _apply_bwd(where: OpSharding | None, implementation: str | None, residuals, dy):
     x, choice, weight, kernels = residuals
     if where is None:
-        dx, dweight, own = _backward(x, choice, weight, kernels, 0, dy)
+        dx, dweight, own = _backward(implementation, x, choice, weight, kernels, 0, dy)
         return dx, None, dweight, tuple(a.astype(b.dtype) for a, b in zip(own, kernels, strict=True))
     places = _Places.of(where, x, kernels)
 
     def local(x, choice, weight, dy, *kernels):
         first, dtypes = places.first(kernels), [w.dtype for w in kernels]
         x, choice, weight, dy = (places.gather(a) for a in (x, choice, weight, dy))
-        dx, dweight, own = _backward(x, choice, weight, places.whole(kernels, x.dtype), first, dy)
+        whole = places.whole(kernels, x.dtype)
+        dx, dweight, own = _backward(implementation, x, choice, weight, whole, first, dy)
         reduced = (g.reduce(a).astype(t) for g, a, t in zip(places.gradients, own, dtypes, strict=True))
         return places.scatter(dx), places.scatter(dweight), tuple(reduced)
 
@@ -202,72 +219,57 @@ class _Places(NamedTuple):
         return jax.lax.psum_scatter(a, self.gathered, scatter_dimension=0, tiled=True) if self.gathered else a
 
 
-class _Rows(NamedTuple):
-    """One row per token and choice, in the order of the experts at hand; rows of no such expert come last."""
-
-    order: Int[Array, " N"]  # sorted row -> token * J + choice
-    place: Int[Array, " N"]  # the inverse
-    expert: Int[Array, " N"]  # of each sorted row
-    sizes: Int[Array, " E"]  # rows of each expert
-    real: Array  # bool [N, 1], whether a sorted row has an expert
-
-    @classmethod
-    def of(cls, choice: Int[Array, "B T J"], first: Array | int, experts: int) -> "_Rows":
-        choice = choice.reshape(-1) - first
-        choice = jnp.where((choice >= 0) & (choice < experts), choice, experts)
-        order = jnp.argsort(choice)  # stable
-        expert = choice[order]
-        ends = jnp.searchsorted(expert, jnp.arange(experts + 1))
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-        real = jnp.arange(order.size) < ends[-1]
-        return cls(order, place, expert, jnp.diff(ends).astype(jnp.int32), real[:, None])
-
-    def take(self, x: Float[Array, "B T D"], choices: int) -> Float[Array, "N D"]:
-        """Each sorted row's token."""
-        return jnp.where(self.real, x.reshape(-1, x.shape[-1])[self.order // choices], 0)
-
-    def times(self, x: Float[Array, "N n"], kernel: Float[Array, "E n m"]) -> Float[Array, "N m"]:
-        """Each row by its expert's matrix; zeros for rows without an expert."""
-        if x.shape[0] <= kernel.shape[0]:  # as in decoding: fewer matrices are read than there are experts
-            y = jnp.einsum("rn,rnm->rm", x, jnp.take(kernel, self.expert, axis=0, mode="clip"))
-        else:
-            y = jax.lax.ragged_dot(x, kernel, self.sizes)
-        return jnp.where(self.real, y, 0)
-
-    def back(self, x: Float[Array, "N n"], kernel: Float[Array, "E m n"]) -> Float[Array, "N m"]:
-        """Each row by its expert's transposed matrix."""
-        return self.times(x, kernel.swapaxes(1, 2))
-
-    def outer(self, x: Float[Array, "N n"], y: Float[Array, "N m"]) -> Float[Array, "E n m"]:
-        """`x^T y` of each expert's rows, in the accumulators' dtype."""
-        rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-        return jax.lax.ragged_dot_general(x, y, self.sizes, rows, preferred_element_type=accumulator(x.dtype))
-
-    def sum(self, rows: Float[Array, "N D"], shape: tuple[int, ...]) -> Float[Array, "B T D"]:
-        """Each token's sum over its choices, in the accumulators' dtype; `shape` is [B, T, J]."""
-        rows = rows[self.place].reshape(*shape, -1)
-        return jnp.sum(rows, axis=2, dtype=accumulator(rows.dtype))
+def _forward(implementation: str | None, x, choice, weight, kernels, first) -> Float[Array, "B T D"]:
+    return _by_platform("forward", implementation, x, choice, weight, kernels, jnp.asarray(first))
 
 
-def _forward(x, choice, weight, kernels, first) -> Float[Array, "B T D"]:
+def _backward(
+    implementation: str | None, x, choice, weight, kernels, first, dy
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """Gradients of `_forward` to x, the weights and the kernels, these in the accumulators' dtype."""
+    return _by_platform("backward", implementation, x, choice, weight, kernels, jnp.asarray(first), dy)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _by_platform(half: str, implementation: str | None, x: Array, choice: Array, *args: Any) -> Any:
+    """A half of the derivative, with the platform's kernels if they are asked for."""
+    compute = _products if half == "forward" else _gradients
+    if implementation is None:
+        return compute(Rows, x, choice, *args)
+    reason = expert_rows.blocks_unsupported(x, width=args[1][0].shape[2])
+    reasons = dict.fromkeys(expert_rows.KERNEL_ROWS, reason)
+    platforms = supporting(reasons, asked=True, what="layer of experts")
+
+    def branch(kind, x, *args):
+        leaves, tree = jax.tree.flatten(compute(kind, x, *args))
+        # Inside a shard_map all branches' results vary as the arguments do.
+        return jax.tree.unflatten(tree, vary_alike(*leaves, *jax.tree.leaves((x, args)))[: len(leaves)])
+
+    def refused(x, *args):
+        return branch(Rows, refuse(x, platforms, "layer of experts"), *args)
+
+    kernels = {p: partial(branch, expert_rows.KERNEL_ROWS[p]) for p in platforms}
+    return jax.lax.platform_dependent(x, choice, *args, default=refused, **kernels)
+
+
+def _products(kind, x, choice, weight, kernels, first) -> Float[Array, "B T D"]:
     gate, up, down = (w.astype(x.dtype) for w in kernels)
-    rows = _Rows.of(choice, first, gate.shape[0])
-    own = rows.take(x, choice.shape[2])
+    rows = kind.of(choice, first, gate.shape[0])
+    own = take(rows, x, choice.shape[2])
     y = rows.times(jax.nn.silu(rows.times(own, gate)) * rows.times(own, up), down)
     y = y.astype(weight.dtype) * weight.reshape(-1)[rows.order][:, None]
-    return rows.sum(y, choice.shape).astype(x.dtype)
+    return add_up(rows, y, choice.shape).astype(x.dtype)
 
 
-def _backward(x, choice, weight, kernels, first, dy) -> tuple[Array, Array, tuple[Array, ...]]:
-    """Gradients of `_forward` to x, the weights and the kernels, these in the accumulators' dtype."""
+def _gradients(kind, x, choice, weight, kernels, first, dy) -> tuple[Array, Array, tuple[Array, ...]]:
     gate, up, down = (w.astype(x.dtype) for w in kernels)
-    rows = _Rows.of(choice, first, gate.shape[0])
-    own, dy = (rows.take(a, choice.shape[2]) for a in (x, dy))
+    rows = kind.of(choice, first, gate.shape[0])
+    own, dy = (take(rows, a, choice.shape[2]) for a in (x, dy))
     share = weight.reshape(-1)[rows.order][:, None]
     middle, gated = jax.vjp(lambda a, b: jax.nn.silu(a) * b, rows.times(own, gate), rows.times(own, up))
     back = rows.back(dy, down)  # of the unweighted sum
     dweight = jnp.sum(middle.astype(share.dtype) * back.astype(share.dtype), axis=1)[rows.place]
     d_gate, d_up = gated((back.astype(share.dtype) * share).astype(x.dtype))
-    dx = rows.sum(rows.back(d_gate, gate) + rows.back(d_up, up), choice.shape).astype(x.dtype)
+    dx = add_up(rows, rows.back(d_gate, gate) + rows.back(d_up, up), choice.shape).astype(x.dtype)
     d_down = rows.outer((middle.astype(share.dtype) * share).astype(x.dtype), dy)
     return dx, dweight.reshape(choice.shape), (rows.outer(own, d_gate), rows.outer(own, d_up), d_down)

@@ -42,6 +42,7 @@ class MixtureOfExperts(nnx.Module):
       initializer_range: standard deviation of the kernels.
       dtype: compute dtype.
       param_dtype: parameter dtype (the bias is float32 always).
+      implementation: of the chosen experts' products, see `Experts`.
       rngs: parameter randomness.
 
     Raises:
@@ -64,6 +65,7 @@ class MixtureOfExperts(nnx.Module):
         initializer_range: float = INITIALIZER_RANGE,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        implementation: Literal["pallas"] | None = None,
         rngs: nnx.Rngs,
     ):
         if not 1 <= experts_per_token <= num_experts:
@@ -104,7 +106,11 @@ class MixtureOfExperts(nnx.Module):
         bias = parameter(zeros, (num_experts,), axes, jnp.float32, rngs) if correction_bias else None
         self.correction_bias = bias
         self.experts = Experts(
-            hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, **common
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            implementation=implementation,
+            **common,
         )
         width = num_shared_experts * intermediate_size
         shared = SwiGLU(hidden_size=hidden_size, intermediate_size=width, **common) if width else None

@@ -142,5 +142,6 @@ def _mlp(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
         correction_bias=config.router_bias,
         renormalize=config.router_renormalize,
         scale=config.router_scale,
+        implementation=config.expert_implementation,
     )
     return MixtureOfExperts(**options, **common)

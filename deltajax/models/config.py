@@ -15,6 +15,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _ROUTERS = ("softmax", "sigmoid")
 _IMPLEMENTATIONS = ("pallas", "chunked", "scan")
 _ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+_EXPERT_IMPLEMENTATIONS = ("pallas",)
 
 _POSITIVE = (
     "vocab_size",
@@ -111,6 +112,8 @@ class ModelConfig:
       implementation: backend of the delta-rule ops, None for the op's choice.
       attention_implementation: backend of `jax.nn.dot_product_attention` in `sliding_window` and
         `full_attention` layers, None for JAX's choice.
+      expert_implementation: "pallas" for Hopper kernels of the experts' products, see `layers.Experts`, or
+        None.
 
     Raises:
       ValueError: naming the field, the value seen and what was expected.
@@ -165,6 +168,7 @@ class ModelConfig:
     chunk_size: int | None = None
     implementation: str | None = None
     attention_implementation: str | None = None
+    expert_implementation: str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -204,6 +208,7 @@ class ModelConfig:
         self._check_choice("stack_layers", (True, False))
         self._check_choice("implementation", (None, *_IMPLEMENTATIONS))
         self._check_choice("attention_implementation", (None, *_ATTENTION_IMPLEMENTATIONS))
+        self._check_choice("expert_implementation", (None, *_EXPERT_IMPLEMENTATIONS))
 
     @property
     def layers(self) -> tuple[str, ...]:

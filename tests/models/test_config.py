@@ -68,6 +68,7 @@ def test_the_pattern_repeats_to_the_number_of_layers():
         (dict(remat="some"), r"remat='some': expected one of"),
         (dict(implementation="triton"), r"implementation='triton': expected one of"),
         (dict(attention_implementation="flash"), r"attention_implementation='flash': expected one of"),
+        (dict(expert_implementation="xla"), r"expert_implementation='xla': expected one of"),
     ],
 )
 def test_an_invalid_field_is_named_with_what_was_seen_and_expected(changes, message):

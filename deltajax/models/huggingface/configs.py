@@ -12,7 +12,7 @@ from deltajax.models.huggingface.names import FLA, MODEL_TYPES
 # How a model computes, not what.
 _RUNTIME = (
     "dtype", "param_dtype", "remat", "scan_layers", "stack_layers", "chunk_size", "implementation",
-    "attention_implementation", "initializer_range",
+    "attention_implementation", "expert_implementation", "initializer_range",
 )  # fmt: skip
 
 
