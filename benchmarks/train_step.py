@@ -40,6 +40,7 @@ class Options:
     scan_layers: bool = True
     optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    second_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     implementation: str | None = None
     fsdp: int = 1
     context: int = 1
@@ -62,7 +63,11 @@ def main(options: Options) -> int:
     mesh, rules = make_mesh(1, options.fsdp, context=options.context), ShardingRules()
     model = model_state(config, mesh, rules)
     optimizer_config = OptimizerConfig(
-        name=options.optimizer, moment_dtype=options.moment_dtype, learning_rate=3e-4, warmup_steps=1
+        name=options.optimizer,
+        moment_dtype=options.moment_dtype,
+        second_moment_dtype=options.second_moment_dtype,
+        learning_rate=3e-4,
+        warmup_steps=1,
     )
     schedule = make_schedule(optimizer_config, 1000)
     optimizer = make_optimizer(optimizer_config, schedule, model.logical_axes)

@@ -116,7 +116,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     """added to the root of the second moment; adafactor has its own"""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the first moment; the second is float32"""
+    """of the first moment"""
+    second_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the second moment; bfloat16 is rounded at random, up or down, so that small changes add up; not for
+    adafactor, whose second moments are sums over rows and columns"""
     weight_decay: float = 0.1
     """decoupled weight decay of matrices, never of norms, biases, taps, A_log and dt_bias"""
     decay_embeddings: bool = True

@@ -34,6 +34,12 @@ def check(config: TrainConfig) -> None:
         if not value > 0:
             raise ConfigError(f"argument {name}: must be positive, got {value}")
     _check_ranges(config)
+    optimizer = config.optimizer
+    if optimizer.name == "adafactor" and optimizer.second_moment_dtype != "float32":
+        raise ConfigError(
+            f"argument --optimizer.second-moment-dtype: {optimizer.second_moment_dtype}, expected float32 "
+            "with adafactor, whose second moments are sums over rows and columns"
+        )
     manual = (config.mesh.coordinator, config.mesh.num_processes, config.mesh.process_id)
     if any(x is not None for x in manual) and (None in manual or not config.mesh.distributed):
         raise ConfigError(

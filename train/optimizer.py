@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from optax.contrib import MuonDimensionNumbers
 
 from train.config import OptimizerConfig
+from train.rounding import bfloat16_second_moments
 
 Params = Any  # nested dict of float32 arrays
 Axes = Any  # the same tree of each parameter's logical axis names (tuples)
@@ -93,7 +94,7 @@ def make_optimizer(
             weight_decay=config.weight_decay,
             mask=mask,
         )
-        return optax.chain(clip, adamw)
+        return optax.chain(clip, _stored(adamw, config))
     # Optax's Muon has no decay mask for its Adam, its Adafactor a decay that no learning rate scales: both
     # make a unit step here, and decay and rate follow.
     if config.name == "muon":
@@ -113,7 +114,7 @@ def make_optimizer(
             dtype_momentum=config.moment_dtype,
         )
     decay = optax.add_decayed_weights(-config.weight_decay, mask)
-    return optax.chain(clip, unit, decay, optax.scale_by_schedule(schedule))
+    return optax.chain(clip, _stored(unit, config), decay, optax.scale_by_schedule(schedule))
 
 
 def state_layout(config: OptimizerConfig) -> dict[str, Any]:
@@ -121,6 +122,8 @@ def state_layout(config: OptimizerConfig) -> dict[str, Any]:
     layout: dict[str, Any] = {"name": config.name, "moment_dtype": config.moment_dtype}
     if config.name == "adafactor":
         layout["first_moment"] = config.b1 > 0
+    if config.second_moment_dtype != "float32":  # absent from older checkpoints
+        layout["second_moment_dtype"] = config.second_moment_dtype
     return layout
 
 
@@ -144,6 +147,10 @@ def state_shardings(
         return replicated
 
     return jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+def _stored(optimizer: optax.GradientTransformation, config: OptimizerConfig) -> optax.GradientTransformation:
+    return bfloat16_second_moments(optimizer) if config.second_moment_dtype == "bfloat16" else optimizer
 
 
 def _is_matrix(name: str, axes: tuple[str | None, ...]) -> bool:

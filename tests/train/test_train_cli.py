@@ -141,7 +141,7 @@ def test_resumed_losses_are_exactly_those_of_an_uninterrupted_run(finished, tmp_
 @pytest.mark.parametrize(
     "optimizer",
     [
-        ["adamw", "--optimizer.moment-dtype", "bfloat16"],
+        ["adamw", "--optimizer.moment-dtype", "bfloat16", "--optimizer.second-moment-dtype", "bfloat16"],
         ["muon"],
         ["adafactor"],
         pytest.param(["adafactor", "--optimizer.b1", "0"], marks=pytest.mark.slow),  # has other arrays
