@@ -95,6 +95,24 @@ def latent_modules() -> list[bytes]:
     return lowered(jax.jit(lambda *x: latent_decode.attend(*x, rank=512, scale=0.1)).trace(q, latent, length))
 
 
+def expert_modules() -> list[bytes]:
+    """A mixture's experts, forward and backward, at Kimi Linear's sizes."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks import hopper_experts as experts
+    from deltajax.layers import expert_rows
+
+    expert_rows.KERNEL_ROWS = {"cuda": expert_rows.Blocks}
+    D, F, E, T, J = 2304, 1024, 64, 8192, 8
+    x = jax.ShapeDtypeStruct((1, T, D), jnp.bfloat16)
+    choice = jax.ShapeDtypeStruct((1, T, J), jnp.int32)
+    weight = jax.ShapeDtypeStruct((1, T, J), jnp.float32)
+    kernels = tuple(jax.ShapeDtypeStruct((E, *s), jnp.bfloat16) for s in ((D, F), (D, F), (F, D)))
+    run = experts.layer("pallas", D, F, E, jnp.bfloat16)
+    return lowered(jax.jit(lambda *args: experts.both(run, *args)).trace(x, choice, weight, kernels, x))
+
+
 def lowered(traced) -> list[bytes]:
     """The kernels of a traced program."""
     program = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
@@ -160,9 +178,8 @@ def main(options: Options) -> int:
             for gate in options.gate
             for K, V in options.sizes
         ]
-        for what, module in (
-            (what, x) for what, found in [*made, ("latents", latent_modules())] for x in found
-        ):
+        made += [("latents", latent_modules()), ("experts", expert_modules())]
+        for what, module in ((what, x) for what, found in made for x in found):
             text = said(function, module)
             name = re.search(r"Compiling entry function '(\w+?)_mosaic_gpu_kernel'", text)
             found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads\n.*Used (\d+)", text)
