@@ -233,19 +233,6 @@ def test_queries_of_mqar_come_soon_by_the_power_law_and_anywhere_without():
     assert mean_place(0.01) < 50
 
 
-def test_rows_of_mqar_have_from_the_fewest_to_all_pairs():
-    task = MQAR(vocabulary=512, fewest=3)
-    x = rows(task, 128)
-    numbers = x.answers.sum(axis=1)
-    assert set(numbers.tolist()) == {3, 6, 12, 16}
-    assert np.bincount(numbers).max() < 0.5 * ROWS
-    for tokens, targets, answers, n in zip(*x, numbers, strict=True):
-        value_of = dict(zip(tokens[: 2 * n : 2].tolist(), tokens[1 : 2 * n : 2].tolist(), strict=True))
-        assert {tokens[p]: targets[p] for p in np.flatnonzero(answers)} == value_of
-    held_out = rows(task.hardest(), 128)
-    assert set(held_out.answers.sum(axis=1).tolist()) == {16}
-
-
 def test_noise_has_its_share_and_parity_is_balanced():
     x = rows(InContextRecall(symbols=8, noise_symbols=6, noise=0.5), 24)
     assert np.mean(x.tokens >= 8) == pytest.approx(0.5 * 10 / 12, abs=0.05)
@@ -266,7 +253,6 @@ def test_stacks_are_deep_and_popped():
     [
         (MQAR(pairs=9), 32, "pairs=9: expected at most a quarter of the length 32"),
         (MQAR(vocabulary=16), 128, "vocabulary=16"),
-        (MQAR(fewest=5), 32, "fewest=5: expected 1 to the 4 pairs"),
         (Palindrome(), 31, "length 31: expected an even number"),
         (Stacks(), 5, "length 5: expected at least 6"),
         (Rebinding(values=1), 8, "values=1"),

@@ -159,8 +159,7 @@ class Learner:
     def _batches(self, split: str, length: int, first: Array, count: int, rows: int) -> readout.Questions:
         """`count` batches of `rows` rows from row `first` on, each [count, rows, ..]."""
         indices = first + jnp.arange(count * rows, dtype=jnp.uint32)
-        task = self.task.hardest() if split == "eval" else self.task
-        sample: Sample = sample_rows(task, length, split_key(self.plan.data_seed, split), indices)
+        sample: Sample = sample_rows(self.task, length, split_key(self.plan.data_seed, split), indices)
         asked = readout.questions(self.task, sample)
         return jax.tree.map(lambda x: x.reshape(count, rows, *x.shape[1:]), asked)
 

@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
 
 # Name -> the task in the small setting, for a CPU, and in the full one.
 TASKS: Mapping[str, tuple[Sizes, Sizes]] = {
-    "mqar": (Sizes(MQAR(vocabulary=64), 32), Sizes(MQAR(fewest=4), 512)),
+    "mqar": (Sizes(MQAR(vocabulary=64), 32), Sizes(MQAR(), 512)),
     "palindrome": (Sizes(Palindrome(symbols=15), 16), Sizes(Palindrome(), 256)),
     "stacks": (Sizes(Stacks(stacks=4, symbols=8), 48), Sizes(Stacks(), 256)),
     "rebinding": (Sizes(Rebinding(4, 8), 48), Sizes(Rebinding(), 256)),
@@ -108,6 +108,8 @@ class SweepOptions:
     """size of keys and values; heads times this is the width"""
     intermediate_size: int = 128
     """width of the MLPs"""
+    tie_embeddings: bool = False
+    """the output layer is the table of embeddings: what is copied need not be learned token by token"""
     weight_decay: float = 0.0
     """of matrices"""
     warmup_steps: int = 50

@@ -94,6 +94,7 @@ def make_learner(options: SweepOptions, task_name: str, length: int, mixer: str)
             attn_head_dim=options.head_dim,
             intermediate_size=options.intermediate_size,
             allow_neg_eigval=negative,
+            tie_embeddings=options.tie_embeddings,
             dtype=options.dtype,
             implementation=options.implementation,
             scan_layers=False,

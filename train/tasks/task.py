@@ -39,10 +39,6 @@ class Task:
         """No row of this length has more answers; a static bound, for shapes."""
         return length
 
-    def hardest(self) -> "Task":
-        """The task that held-out rows are of, where training rows are of different difficulties."""
-        return self
-
     def check(self, length: int) -> None:
         """Raises ValueError, naming what does not fit, where there are no rows of this length."""
         raise NotImplementedError
