@@ -28,14 +28,12 @@ class Kernel:
       saving: inputs -> (o, final_state, arrays kept for ``backward``), the forward half when it will be
         differentiated; None: ``forward``, keeping nothing. Which platform's branch runs is known only at
         lowering, after the residuals' shapes are fixed, so the other platforms carry unused zeros.
-      unproven: why a call that can run here runs only when "pallas" is asked for, or None if it always does.
     """
 
     forward: Callable[[Inputs, Options], tuple[Array, Array]]
     backward: Callable[..., Inputs]
     unsupported: Callable[[Inputs, Options], str | None]
     saving: Callable[[Inputs, Options], tuple[Array, Array, tuple[Array, ...]]] | None = None
-    unproven: Callable[[Inputs, Options], str | None] = lambda inputs, options: None
 
 
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of what kernels save for their backward halves: a remat policy
@@ -43,13 +41,7 @@ class Kernel:
 SAVED = "delta_rule_saved"
 # Lowering platform ("tpu", "cuda") -> its Pallas kernels.
 PALLAS: Mapping[str, Kernel] = {
-    "cuda": Kernel(
-        pallas_gpu.forward,
-        pallas_gpu.backward,
-        pallas_gpu.unsupported,
-        pallas_gpu.saving,
-        unproven=pallas_gpu.unproven,
-    ),
+    "cuda": Kernel(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.unsupported, pallas_gpu.saving),
     "tpu": Kernel(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.unsupported, pallas_tpu.saving),
 }
 
@@ -71,10 +63,7 @@ def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[A
             f"implementation must be 'pallas', 'chunked', 'scan' or None, got {implementation!r}"
         )
     asked = implementation == "pallas"
-    reasons = {
-        platform: kernel.unsupported(inputs, options) or (None if asked else kernel.unproven(inputs, options))
-        for platform, kernel in PALLAS.items()
-    }
+    reasons = {platform: kernel.unsupported(inputs, options) for platform, kernel in PALLAS.items()}
     return _op(inputs, options, supporting(reasons, asked=asked, what="call"), not asked)
 
 

@@ -32,15 +32,6 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
     return other_gpu()
 
 
-def unproven(inputs: Inputs, options: Options) -> str | None:
-    """Why `implementation=None` takes the chunked form, though the kernels run when asked for, or None."""
-    if (K := inputs.q.shape[-1]) > 128:
-        return f"head size K {K}: these kernels have not run on a card yet"
-    if options.num_segments is not None:
-        return "num_segments: the kernels have not run on a card with it yet"
-    return None
-
-
 @functools.cache
 def other_gpu() -> str | None:
     """What GPU is here, if no Hopper; None also without one: the program may be lowered for another host."""

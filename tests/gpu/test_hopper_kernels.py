@@ -320,26 +320,20 @@ def test_says_what_it_does_not_support(change, why, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("case", "kernels"),
+    "case",
     [
-        (cases.Case("head", T=64, K=128, V=64), True),
-        (cases.Case("head", T=64, K=256, V=64), False),
-        (cases.Case("head", T=64, K=64, V=64, segments="states"), False),
+        cases.Case("head", T=64, K=256, V=64),
+        cases.Case("head", T=64, K=64, V=64, segments="states"),
     ],
     ids=str,
 )
-def test_unproven_kernels_run_only_when_asked_for(case, kernels, monkeypatch):
+def test_kernels_are_the_default_where_they_support_the_call(case, monkeypatch):
     monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
     x = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cases.arrays(case, jnp.dtype("bfloat16"))
     )
-
-    def text(implementation):
-        traced = jax.jit(lambda x: cases.call(case, x, implementation)).trace(x)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-    assert "mosaic_gpu" in text("pallas")
-    assert ("mosaic_gpu" in text(None)) == kernels
+    traced = jax.jit(lambda x: cases.call(case, x, None)).trace(x)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("segments", ["packed", "states"])
