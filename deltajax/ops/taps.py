@@ -114,7 +114,9 @@ def _backward_by_xla(
     dx = jnp.zeros(x.shape, dtype)
     dweight: list[Array] = []
     for j in range(W):
-        dx += _later(_of_tap(counts, j, dz), -j) * weight[:, W - 1 - j].astype(dtype)
+        # Shifted before it is masked: XLA makes a float32 copy of what is masked first.
+        own = None if counts is None else _later(counts, -j)
+        dx += _of_tap(own, j, _later(dz, -j)) * weight[:, W - 1 - j].astype(dtype)
         dweight.insert(0, jnp.sum(dz * _of_tap(counts, j, _later(x, j)).astype(dtype), axis=(0, 1)))
     return (
         dx.astype(x.dtype),

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from deltajax.models import get_preset
-from deltajax.ops import dispatch
+from deltajax.ops import dispatch, short_convolution
 from tests import cases
 from tests.cases import Case
 from tests.tpu.programs import exchanges, kernels, moves, operations
@@ -297,3 +297,16 @@ def test_a_training_step_holds_the_kernels_and_fits(preset, topology, fsdp, rows
     heads = config.num_heads * config.head_dim
     shape = re.compile(rf"\[(\d+,)?{rows},{seq_len},({config.num_heads},{config.head_dim}|{heads})\]")
     assert not [line for line in exchanges(found.text) if shape.search(line) and "jit(_take)" not in line]
+
+
+def test_the_gradient_of_a_packed_convolution_keeps_one_float32_array_at_most():
+    T, D = 8192, 2048
+    x = jax.ShapeDtypeStruct((1, T, D), jnp.bfloat16)
+    weight, ids = jax.ShapeDtypeStruct((D, 4), jnp.float32), jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+    def gradient(x, weight, ids, dy):
+        _, pull = jax.vjp(lambda x, weight: short_convolution(x, weight, segment_ids=ids)[0], x, weight)
+        return pull(dy)
+
+    memory = tpu_aot.compile_for(gradient, (x, weight, ids, x), "v5p:2x2x1").memory_analysis()
+    assert memory.temp_size_in_bytes < 1.1 * 4 * T * D
