@@ -21,6 +21,9 @@ else:
     Remat = tyro.extras.literal_type_from_choices(list(REMAT))
 
 
+Layout = Literal["given", "auto"]
+
+
 class ConfigError(ValueError):
     """Options that cannot be used together, or with what a run directory holds."""
 
@@ -229,6 +232,8 @@ class TrainConfig:
     """seed of the parameters, the data order and the samples"""
     run_dir: str | None = None
     """where checkpoints, metrics and the configuration go; runs/<preset> by default"""
+    layout: Layout = "given"
+    """auto: mesh sizes and, unless given, --model.remat by model size, batch, devices and their memory"""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -1,8 +1,9 @@
 """Values of options that cannot work, found before anything else is done."""
 
 import math
+from typing import Any
 
-from train.config import ConfigError, TrainConfig
+from train.config import ConfigError, Layout, TrainConfig
 
 
 def check(config: TrainConfig) -> None:
@@ -34,6 +35,7 @@ def check(config: TrainConfig) -> None:
         if not value > 0:
             raise ConfigError(f"argument {name}: must be positive, got {value}")
     _check_ranges(config)
+    check_layout(config.layout, config.mesh)
     optimizer = config.optimizer
     if optimizer.name == "adafactor" and optimizer.second_moment_dtype != "float32":
         raise ConfigError(
@@ -59,6 +61,14 @@ def check(config: TrainConfig) -> None:
             f"argument --optimizer.accumulate: {config.optimizer.accumulate} does not divide "
             f"--data.batch-size {config.data.batch_size}"
         )
+
+
+def check_layout(layout: Layout, mesh: Any) -> None:
+    """Raises ConfigError for sizes of mesh axes beside a layout that chooses them."""
+    sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "expert", "context", "tensor")}
+    given = [f"--mesh.{axis} {n}" for axis, n in sizes.items() if n != (-1 if axis == "data" else 1)]
+    if layout == "auto" and given:
+        raise ConfigError(f"argument {' '.join(given)}: expected none beside --layout auto, which chooses it")
 
 
 def _check_ranges(config: TrainConfig) -> None:

@@ -21,6 +21,7 @@ from train.evaluation import Evaluation
 from train.failure import NonFiniteError, save_failure
 from train.guard import StopRequest, only_run_in, stop_on_signals
 from train.hard import HardBatches
+from train.layout import laid_out
 from train.mesh import ShardingRules, data_group, global_batch, mesh_of
 from train.mixture import Data, load_data
 from train.model_state import ModelState, model_state
@@ -103,6 +104,10 @@ class Run:
         """Reads or opens the data and traces the model; makes no arrays and writes nothing."""
         data = load_data(config.data)
         try:
+            if config.layout == "auto":
+                chosen = options.model_config(config, data.tokenizer.vocab_size)
+                config, layout = laid_out(config, chosen)
+                report.say(f"layout: {layout.arguments}")
             mesh = mesh_of(config.mesh)
             data_group(mesh, ShardingRules())
             model = model_state(

@@ -22,11 +22,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from deltajax.models import count_active_parameters, get_preset
+from deltajax.models import ModelConfig, count_active_parameters, get_preset
 from train import tpu_aot
 from train.config import (
     ConfigError,
     DataConfig,
+    Layout,
     LossConfig,
     ModelOptions,
     OptimizerConfig,
@@ -34,7 +35,8 @@ from train.config import (
     TrainConfig,
     model_config,
 )
-from train.config_checks import check
+from train.config_checks import check, check_layout
+from train.layout import choose, slower
 from train.mesh import make_mesh
 from train.metrics import peak_flops
 from train.pod_step import HBM_GIB, PodStep, compile_step
@@ -74,6 +76,9 @@ class Plan:
     """entries of the tokenizer; none means the preset's"""
     output: Path | None = None
     """file to write the report to as well"""
+    layout: Layout = "given"
+    """auto: mesh sizes and, unless given, --model.remat by model size, batch, devices and their memory; where
+    the compiler finds no room, the next smaller remat"""
     mesh: MeshShape = field(default_factory=MeshShape)
     model: ModelOptions = field(default_factory=ModelOptions)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -105,20 +110,35 @@ def make(plan: Plan) -> PodStep:
         data=DataConfig(batch_size=plan.optimizer.accumulate),  # its own sizes are checked against the mesh
     )
     check(run)
+    check_layout(plan.layout, plan.mesh)
     config = model_config(run, plan.vocab_size or get_preset(plan.preset).vocab_size)
     try:
         devices = tpu_aot.devices_of(plan.topology)
-        mesh = make_mesh(**dataclasses.asdict(plan.mesh), devices=_whole(plan, devices))
-        return compile_step(
+        if plan.layout == "given":
+            return _compiled(plan, config, dataclasses.asdict(plan.mesh), _whole(plan, devices))
+        layout = choose(
             config,
             plan.optimizer,
-            mesh,
-            batch=plan.batch,
+            devices=len(devices),
+            rows=plan.batch,
             seq_len=plan.seq_len,
-            z_loss=plan.loss.z_loss,
+            memory=HBM_GIB[generation] * 2**30,
+            remat=plan.model.remat,
         )
+        rest = [] if plan.model.remat else slower(layout.remat)
+        for remat in (layout.remat, *rest):
+            step = _compiled(plan, config.replace(remat=remat), layout.mesh, devices)
+            if step.memory.fits:
+                break
+        return step
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+
+
+def _compiled(plan: Plan, config: ModelConfig, sizes: Mapping[str, int], devices: list[Any]) -> PodStep:
+    mesh = make_mesh(**sizes, devices=devices)
+    batch, seq_len, z_loss = plan.batch, plan.seq_len, plan.loss.z_loss
+    return compile_step(config, plan.optimizer, mesh, batch=batch, seq_len=seq_len, z_loss=z_loss)
 
 
 def _whole(plan: Plan, devices: list[Any]) -> list[Any]:
@@ -153,6 +173,9 @@ def show(plan: Plan, step: PodStep, console: Console) -> None:
         f"{plan.topology}: {step.mesh.size} devices as {shape}; {plan.batch} rows x {plan.seq_len} = "
         f"{tokens:,} tokens a step"
     )
+    if plan.layout == "auto":
+        sizes = " ".join(f"--mesh.{a} {n}" for a, n in step.mesh.shape.items() if n > 1 and a != "data")
+        console.print(f"chosen: {f'{sizes} ' if sizes else ''}--model.remat {step.model.config.remat}")
     console.print(_memory(step))
     if step.collectives:
         console.print(_collectives(step))
