@@ -43,6 +43,7 @@ class Attention(nnx.Module):
       rope_theta: base of the rotary embedding; None for no position embedding.
       rope_fraction: share of a head's channels, its first ones, that are rotated.
       qk_norm: normalise queries and keys per head.
+      qk_norm_joint: with `qk_norm`, normalise over the channels of all heads together.
       output_gate: gate the output.
       norm_eps, zero_centered_norm: epsilon and form of these norms, see `RMSNorm`.
       initializer_range: standard deviation of the kernels.
@@ -66,6 +67,7 @@ class Attention(nnx.Module):
         rope_theta: float | None = 10000.0,
         rope_fraction: float = 1.0,
         qk_norm: bool = False,
+        qk_norm_joint: bool = False,
         output_gate: bool = False,
         norm_eps: float = 1e-6,
         zero_centered_norm: bool = False,
@@ -105,19 +107,19 @@ class Attention(nnx.Module):
         self.k_proj = project(hidden_size, num_kv_heads * head_dim, ("embed", "kv_heads"))
         self.v_proj = project(hidden_size, num_kv_heads * head_dim, ("embed", "kv_heads"))
         self.o_proj = project(num_heads * head_dim, hidden_size, ("heads", "embed"))
-        self.qk_norm = qk_norm
+        self.qk_norm, self.qk_norm_joint = qk_norm, qk_norm_joint
         if qk_norm:
             self.q_norm, self.k_norm = (
                 RMSNorm(
-                    head_dim,
+                    heads * head_dim if qk_norm_joint else head_dim,
                     eps=norm_eps,
                     zero_centered=zero_centered_norm,
-                    axis="head_dim",
+                    axis=axis if qk_norm_joint else "head_dim",
                     dtype=dtype,
                     param_dtype=param_dtype,
                     rngs=rngs,
                 )
-                for _ in range(2)
+                for heads, axis in ((num_heads, "heads"), (num_kv_heads, "kv_heads"))
             )
 
     def __call__(
@@ -158,7 +160,7 @@ class Attention(nnx.Module):
         k = self.k_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
         v = self.v_proj(x).reshape(B, T, self.num_kv_heads, self.head_dim)
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
         if cache is None:
             place = "rows sequence heads"
             o = run_attention(
@@ -196,6 +198,9 @@ class Attention(nnx.Module):
 
     def _mask(self, queries: Layout, keys: Layout) -> Bool[Array, "B 1 T S"]:
         return causal_mask(queries, keys, self.window_size)
+
+    def _normalize(self, x: Float[Array, "B T N K"], norm: RMSNorm) -> Float[Array, "B T N K"]:
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.qk_norm_joint else norm(x)
 
     def _rotate(self, q, k, layout: Layout) -> tuple[Array, Array]:
         if self.rotary is None:

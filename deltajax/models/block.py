@@ -19,13 +19,16 @@ from deltajax.layers import (
     SwiGLU,
 )
 from deltajax.layers.sharding import shard_tokens
-from deltajax.models.config import LayerKind, ModelConfig
+from deltajax.models.config import ATTENTION_MIXERS, LayerKind, ModelConfig
 
 LayerCache = DeltaCache | AttentionCache | LatentCache
 
 
 class Block(nnx.Module):
     """`x = x + mixer(attn_norm(x))`, then `x = x + mlp(mlp_norm(x))`.
+
+    With `attn_post_norm`, where the mixer is attention with keys and values of its own:
+    `x = x + attn_norm(mixer(x))`, then `x = x + mlp_norm(mlp(x))`.
 
     Args:
       kind: the mixer, and whether the MLP is one or a mixture of experts.
@@ -41,6 +44,7 @@ class Block(nnx.Module):
         self.mixer = _mixer(kind.mixer, config, drawn)
         self.mlp_norm = RMSNorm(config.hidden_size, **norm)
         self.mlp = _mlp(kind.mlp, config, drawn)
+        self.post_norm = config.attn_post_norm and kind.mixer in ATTENTION_MIXERS
 
     def __call__(
         self,
@@ -63,13 +67,16 @@ class Block(nnx.Module):
         **options: Any,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The block's first half: `x + mixer(attn_norm(x))`, and the cache."""
-        mixed = self.mixer(self.attn_norm(x), segment_ids=segment_ids, cache=cache, **options)
+        given = x if self.post_norm else self.attn_norm(x)
+        mixed = self.mixer(given, segment_ids=segment_ids, cache=cache, **options)
         y, cache = (mixed, None) if cache is None else mixed
-        return shard_tokens(x + y), cache
+        return shard_tokens(x + (self.attn_norm(y) if self.post_norm else y)), cache
 
     def feed(self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None) -> Array:
         """The second: `x + mlp(mlp_norm(x))`."""
         given = {"segment_ids": segment_ids} if isinstance(self.mlp, MixtureOfExperts) else {}
+        if self.post_norm:
+            return shard_tokens(x + self.mlp_norm(self.mlp(x, **given)))
         return shard_tokens(x + self.mlp(self.mlp_norm(x), **given))
 
     def init_cache(self, batch: int, max_length: int) -> LayerCache:
@@ -90,6 +97,7 @@ def _mixer(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
             rope_theta=config.rope_theta,
             rope_fraction=config.attn_rope_fraction,
             qk_norm=config.attn_qk_norm,
+            qk_norm_joint=config.attn_qk_norm_joint,
             output_gate=config.attn_output_gate,
             norm_eps=config.norm_eps,
             zero_centered_norm=config.zero_centered_norm,
@@ -116,7 +124,7 @@ def _mixer(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
         head_v_dim=config.value_dim,
         conv_size=config.conv_size,
         allow_neg_eigval=config.allow_neg_eigval,
-        norm_eps=config.norm_eps,
+        norm_eps=config.norm_eps if config.delta_norm_eps is None else config.delta_norm_eps,
         chunk_size=config.chunk_size,
         implementation=config.implementation,
         **common,

@@ -79,7 +79,9 @@ class ModelConfig:
         `attn_num_heads`.
       attn_head_dim: head size of `sliding_window` and `full_attention` layers; None means
         `hidden_size // attn_num_heads`.
-      attn_rope_fraction, attn_qk_norm, attn_output_gate: of these layers, see `layers.Attention`.
+      attn_rope_fraction, attn_qk_norm, attn_qk_norm_joint, attn_output_gate: of these layers, see
+        `layers.Attention`.
+      attn_post_norm: their blocks normalise what mixer and MLP return, not what these read (no experts).
       window_size: tokens a `sliding_window` layer sees, itself included.
       kv_lora_rank: channels of the latent that a `latent_attention` layer makes keys and values of.
       q_lora_rank: channels of its queries' low-rank projection; None for one full matrix.
@@ -96,6 +98,7 @@ class ModelConfig:
       num_dense_layers: the first layers, which have one MLP although others have experts.
       norm_eps: epsilon of every RMSNorm but those inside `latent_attention` layers, theirs being 1e-6 as in
         the published models.
+      delta_norm_eps: of the norm of delta-rule outputs; None means `norm_eps`.
       zero_centered_norm: norms of blocks, of attention's queries and keys and before the head multiply by
         `1 + scale`, see `layers.RMSNorm`; those of delta-rule outputs and latents do not.
       tie_embeddings: reuse the embedding table as the LM head.
@@ -138,7 +141,9 @@ class ModelConfig:
     attn_head_dim: int | None = None
     attn_rope_fraction: float = 1.0
     attn_qk_norm: bool = False
+    attn_qk_norm_joint: bool = False
     attn_output_gate: bool = False
+    attn_post_norm: bool = False
     window_size: int = 2048
     kv_lora_rank: int = 512
     q_lora_rank: int | None = None
@@ -157,6 +162,7 @@ class ModelConfig:
     router_scale: float = 1.0
     num_dense_layers: int = 0
     norm_eps: float = 1e-6
+    delta_norm_eps: float | None = None
     zero_centered_norm: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
@@ -200,6 +206,12 @@ class ModelConfig:
             self._fail("lower_bound", "a negative number or None")
         if not self.norm_eps > 0:
             self._fail("norm_eps", "a positive number")
+        if self.delta_norm_eps is not None and not self.delta_norm_eps > 0:
+            self._fail("delta_norm_eps", "a positive number or None")
+        if self.attn_qk_norm_joint and not self.attn_qk_norm:
+            self._fail("attn_qk_norm", "True, with attn_qk_norm_joint")
+        if self.attn_post_norm and self.num_experts is not None:
+            self._fail("attn_post_norm", "False, with num_experts")
         if not self.initializer_range > 0:
             self._fail("initializer_range", "a positive number")
         self._check_choice("dtype", _DTYPES)

@@ -1,4 +1,4 @@
-"""Writes hf_kimi_linear.npz and hf_qwen3_next.npz beside this file (README.md says what they hold).
+"""Writes the hf_*.npz files beside this file (README.md says what they hold).
 
     uv run --no-project --with torch --with "transformers==5.24.*" python tests/data/make_huggingface.py
 
@@ -11,7 +11,16 @@ import tempfile
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from transformers import KimiLinearConfig, KimiLinearForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 HERE = pathlib.Path(__file__).parent
 COMMON = dict(
@@ -34,6 +43,17 @@ QWEN = Qwen3NextConfig(
         rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25
     ),
 )  # fmt: skip
+DENSE = {name: value for name, value in COMMON.items() if name != "moe_intermediate_size"}
+QWEN3_5 = Qwen3_5TextConfig(
+    **DENSE, num_key_value_heads=2, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=8, linear_value_head_dim=16, rope_parameters=dict(
+        rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25
+    ),
+)  # fmt: skip
+OLMO = OlmoHybridConfig(
+    **DENSE, num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+    linear_value_head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=None),
+)  # fmt: skip
 
 
 def draw(model: torch.nn.Module) -> None:
@@ -55,6 +75,16 @@ def draw(model: torch.nn.Module) -> None:
         x.data.copy_(value)
 
 
+def _split_convolutions(weights: dict[str, np.ndarray], model) -> None:
+    """Gives q, k and v of an OLMo-Hybrid their own taps: `save_pretrained` cuts them in thirds."""
+    for name in [n for n in weights if n.endswith("q_conv1d.weight") and "linear_attn" in n]:
+        layer = model.get_submodule(name.removesuffix(".q_conv1d.weight"))
+        parts = layer.conv1d.weight.numpy()
+        keys = layer.key_dim
+        for letter, rows in (("q", parts[:keys]), ("k", parts[keys : 2 * keys]), ("v", parts[2 * keys :])):
+            weights[name.replace("q_conv1d", f"{letter}_conv1d")] = rows.copy()
+
+
 @torch.no_grad()
 def write(name: str, model) -> None:
     draw(model.eval())
@@ -64,6 +94,7 @@ def write(name: str, model) -> None:
         model.save_pretrained(path)
         data["config"] = np.array(pathlib.Path(path, "config.json").read_text())
         weights = load_file(pathlib.Path(path, "model.safetensors"))
+    _split_convolutions(weights, model)
     data |= {f"weights/{key}": x for key, x in weights.items()}
     for prefix, length in (("", 70), ("short_", 2)):
         ids = torch.randint(3, 64, (2, length), generator=generator)
@@ -87,3 +118,5 @@ def write(name: str, model) -> None:
 if __name__ == "__main__":
     write("hf_kimi_linear", KimiLinearForCausalLM(KIMI))
     write("hf_qwen3_next", Qwen3NextForCausalLM(QWEN))
+    write("hf_qwen3_5_text", Qwen3_5ForCausalLM(QWEN3_5))
+    write("hf_olmo_hybrid", OlmoHybridForCausalLM(OLMO))

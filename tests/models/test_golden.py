@@ -15,8 +15,8 @@ from deltajax.models.huggingface import load_pretrained
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 FLA = ("fla_delta_net", "fla_gated_deltanet", "fla_kda")
-HF = ("hf_kimi_linear", "hf_qwen3_next")
-MODELS = (*FLA, *(pytest.param(name, marks=pytest.mark.slow) for name in HF))  # these two compile for long
+HF = ("hf_kimi_linear", "hf_qwen3_next", "hf_qwen3_5_text", "hf_olmo_hybrid")
+MODELS = (*FLA, *(pytest.param(name, marks=pytest.mark.slow) for name in HF))  # these compile for long
 # Rounding alone moves the golden logits by up to 3e-5.
 TOLERANCE = dict(rtol=0, atol=1e-4)
 

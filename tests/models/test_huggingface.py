@@ -48,6 +48,16 @@ CONFIGS = {
         "tiny_qwen3_next", dtype="float32", num_v_heads=2, attn_head_dim=8, attn_num_kv_heads=2,
         num_dense_layers=1, **EXPERTS,
     ),
+    "qwen3_5_text": _of(
+        "tiny_qwen3_next", dtype="float32", num_v_heads=4, attn_head_dim=8, attn_num_kv_heads=1,
+        num_experts=None, shared_expert_gate=False, num_shared_experts=0,
+    ),
+    "olmo_hybrid": _of(
+        "tiny_gated_delta_net", head_v_dim=16, attn_num_kv_heads=1, attn_qk_norm=True,
+        attn_qk_norm_joint=True, attn_post_norm=True, allow_neg_eigval=True, rope_theta=None,
+        delta_norm_eps=1e-5,
+        layer_pattern=("gated_delta_net", "gated_delta_net", "full_attention"),
+    ),
 }  # fmt: skip
 
 
@@ -158,6 +168,63 @@ def test_kimi_has_the_published_names_and_the_dense_layer_may_have_the_other(sav
     jax.tree.map(np.testing.assert_array_equal, params_of(back), params_of(model_of("kimi_linear")))
 
 
+def test_the_text_part_of_a_qwen_that_reads_images_is_read(saved, tmp_path):
+    path, text = saved("qwen3_5_text"), to_hf(CONFIGS["qwen3_5_text"])
+    nest = lambda name: name.replace("model.", "model.language_model.", 1)  # noqa: E731
+    tensors = {nest(name): x for name, x in load_file(path / "model.safetensors").items()}
+    assert (
+        "lm_head.weight" in tensors
+        and "model.language_model.layers.0.linear_attn.in_proj_z.weight" in tensors
+    )
+    more = {"model.visual.x": np.zeros(3, np.float32), "mtp.fc.weight": np.zeros(3, np.float32)}
+    copy = rewritten(path, tmp_path / "m", tensors | more)
+    outer = dict(model_type="qwen3_5", text_config=text, vision_config={}, tie_word_embeddings=False)
+    (copy / "config.json").write_text(json.dumps(outer))
+    back = load_pretrained(copy)
+    assert back.config == load_pretrained(path).config
+    jax.tree.map(np.testing.assert_array_equal, params_of(back), params_of(model_of("qwen3_5_text")))
+
+
+def test_olmo_norms_have_other_names_by_kind_of_layer(saved, tmp_path):
+    tensors = load_file(saved("olmo_hybrid") / "model.safetensors")
+    names = {n.removeprefix("model.layers.").removesuffix(".weight") for n in tensors if "norm" in n}
+    for name in ("0.attention_layer_norm", "0.feedforward_layer_norm", "0.linear_attn.o_norm"):
+        assert name in names
+    for name in ("2.post_attention_layernorm", "2.post_feedforward_layernorm", "2.self_attn.q_norm"):
+        assert name in names
+    renames = {
+        "attention_layer_norm": "input_layernorm",
+        "feedforward_layer_norm": "post_attention_layernorm",
+    }
+
+    def other(name):
+        for old, new in renames.items():
+            name = name.replace(f".{old}.", f".{new}.")
+        return name
+
+    copy = rewritten(saved("olmo_hybrid"), tmp_path / "m", {other(n): x for n, x in tensors.items()})
+    jax.tree.map(
+        np.testing.assert_array_equal, params_of(load_pretrained(copy)), params_of(model_of("olmo_hybrid"))
+    )
+
+
+def test_olmo_rotates_unless_the_base_is_null():
+    fields = to_hf(CONFIGS["olmo_hybrid"])
+    assert from_hf(fields).rope_theta is None
+    for rope in (None, {}, dict(rope_theta=10000.0)):
+        given = dict(rope_type="default", **rope) if rope else rope
+        assert from_hf(fields | dict(rope_parameters=given)).rope_theta == 10000.0
+    short = {
+        name: x for name, x in fields.items() if not name.startswith("linear_") and name != "layer_types"
+    }
+    config = from_hf(short | dict(num_attention_heads=4, num_key_value_heads=None, num_hidden_layers=3))
+    assert (
+        config.layers == ("gated_delta_net", "gated_delta_net", "full_attention")
+        and config.attention_kv_heads == 4
+    )
+    assert (config.num_heads, config.head_dim, config.value_dim, config.allow_neg_eigval) == (4, 3, 6, True)
+
+
 @pytest.mark.slow
 def test_each_device_reads_its_part_of_the_checkpoint(tmp_path):
     config = CONFIGS["kimi_linear"].replace(num_experts=4, num_layers=2, layer_pattern=("kda",))
@@ -248,6 +315,9 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         ("qwen3_next", dict(rope_scaling=dict(type="yarn")), "rope_scaling={'type': 'yarn'}: expected None"),
         ("qwen3_next", dict(mlp_only_layers=[2]), "mlp_only_layers=[2]"),
         ("qwen3_next", dict(vocab_size=None), "no field vocab_size"),
+        ("qwen3_5_text", dict(intermediate_size=None), "no field intermediate_size"),
+        ("olmo_hybrid", dict(rope_parameters=dict(rope_type="yarn")), "rope_parameters.rope_type='yarn'"),
+        ("olmo_hybrid", dict(attention_bias=True), "attention_bias=True: expected False"),
     ],
 )
 def test_unsupported_configurations_are_named(name, change, message):
@@ -298,7 +368,9 @@ def test_published_shapes_have_a_configuration(preset):
         ("kimi_linear", dict(rope_theta=10000.0), "rope_theta=10000.0"),
         ("kimi_linear", dict(router="softmax"), "router='softmax'"),
         ("qwen3_next", dict(allow_neg_eigval=True), "allow_neg_eigval=True"),
-        ("qwen3_next", dict(num_experts=None), "num_experts=None"),
+        ("qwen3_next", dict(num_experts=None, attn_qk_norm=False), "attn_qk_norm=False"),
+        ("olmo_hybrid", dict(delta_norm_eps=None), "delta_norm_eps=1e-06"),
+        ("olmo_hybrid", dict(attn_output_gate=True), "attn_output_gate=True"),
     ],
 )
 def test_models_without_that_form_are_not_saved(name, change, message, tmp_path):

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from deltajax.models.config import ModelConfig
-from deltajax.models.huggingface import fla, kimi, qwen
+from deltajax.models.huggingface import fla, kimi, olmo, qwen
 from deltajax.models.huggingface.fields import Fields
-from deltajax.models.huggingface.names import FLA, MODEL_TYPES
+from deltajax.models.huggingface.names import FLA, MODEL_TYPES, QWEN
 
 # How a model computes, not what.
 _RUNTIME = (
@@ -30,6 +30,9 @@ def from_hf(fields: Mapping[str, Any], **changes: Any) -> ModelConfig:
     c, model_type = Fields(fields), fields.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(f"config.json: model_type={model_type!r}: expected one of {', '.join(MODEL_TYPES)}")
+    if "text_config" in fields:  # of a model that reads images too
+        outer = {name: c.get(name) for name in ("dtype", "tie_word_embeddings") if c.get(name) is not None}
+        c = Fields(dict(fields["text_config"]) | outer, "text_config.")
     c.only("hidden_act", "silu", "swish")
     read = _module(model_type).read
     dtype = str(c.get("dtype", "torch_dtype", default="float32")).removeprefix("torch.")
@@ -73,7 +76,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _module(model_type: str) -> Any:
-    return fla if model_type in FLA else kimi if model_type == "kimi_linear" else qwen
+    modules = dict.fromkeys(FLA, fla) | dict.fromkeys(QWEN, qwen) | dict(kimi_linear=kimi, olmo_hybrid=olmo)
+    return modules[model_type]
 
 
 def _architecture(config: ModelConfig) -> str:
@@ -81,7 +85,9 @@ def _architecture(config: ModelConfig) -> str:
     if kinds <= {"kda", "latent_attention"} and (config.num_experts or "latent_attention" in kinds):
         return "kimi_linear"
     if kinds <= {"gated_delta_net", "full_attention"} and config.zero_centered_norm:
-        return "qwen3_next"
+        return "qwen3_5_text" if config.num_experts is None else "qwen3_next"
+    if kinds == {"gated_delta_net", "full_attention"} and config.attn_post_norm:
+        return "olmo_hybrid"
     deltas = kinds - {"sliding_window", "full_attention"}
     for model_type, kind in fla.DELTA.items():
         if deltas == {kind}:
@@ -106,7 +112,9 @@ def _essence(config: ModelConfig) -> dict[str, Any]:
             "attn_num_kv_heads",
             "attn_rope_fraction",
             "attn_qk_norm",
+            "attn_qk_norm_joint",
             "attn_output_gate",
+            "attn_post_norm",
         }
     if not config.has_latent_attention:
         idle |= {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "latent_v_head_dim"}
@@ -118,11 +126,21 @@ def _essence(config: ModelConfig) -> dict[str, Any]:
         idle.add("window_size")
     if "kda" not in kinds:
         idle |= {"lower_bound", "kda_gate_bias"}
+    if config.delta_norm_eps is None:
+        fields["delta_norm_eps"] = config.norm_eps
     fields["use_gate"] = ("gated_delta_net" in kinds) if config.use_gate is None else config.use_gate
     if not kinds & {"delta_net", "gated_delta_net"}:
         idle.add("use_gate")
     if not config.has_delta:
-        idle |= {"num_heads", "num_v_heads", "head_dim", "head_v_dim", "conv_size", "allow_neg_eigval"}
+        idle |= {
+            "delta_norm_eps",
+            "num_heads",
+            "num_v_heads",
+            "head_dim",
+            "head_v_dim",
+            "conv_size",
+            "allow_neg_eigval",
+        }
     if config.num_experts is None:
         idle |= {name for name in fields if "expert" in name or "router" in name} - {"num_experts"}
         idle.add("num_dense_layers")

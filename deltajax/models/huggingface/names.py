@@ -10,7 +10,8 @@ from deltajax.models.config import LayerKind, ModelConfig
 from deltajax.models.groups import layer_groups
 
 FLA = ("delta_net", "gated_deltanet", "kda")  # flash-linear-attention's
-MODEL_TYPES = (*FLA, "kimi_linear", "qwen3_next")
+QWEN = ("qwen3_next", "qwen3_5_text", "qwen3_5")  # the last: with images, whose text part is read
+MODEL_TYPES = (*FLA, "kimi_linear", *QWEN, "olmo_hybrid")
 EXPERT = "{expert}"  # in a name: one tensor per expert
 Shape = tuple[int, ...]
 
@@ -83,16 +84,19 @@ class Entry:
       prefix: what their names begin with.
       ours: dotted paths of our (stacked) parameters.
       repeat: the layer's place in these; None where they are of the whole model.
+      nested: what may stand for `model.` in their names.
     """
 
     rule: Rule
     prefix: str
     ours: tuple[str, ...]
     repeat: int | None
+    nested: str = ""
 
     def names(self, expert: int | None = None) -> tuple[str, ...]:
         """Their names; the first is written, any is read."""
-        return tuple(self.prefix + name.replace(EXPERT, str(expert)) for name in self.rule.theirs)
+        names = tuple(self.prefix + name.replace(EXPERT, str(expert)) for name in self.rule.theirs)
+        return names + tuple(n.replace("model.", self.nested, 1) for n in names if self.nested)
 
     def parts(self, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
         """Shapes of one layer's (and expert's) parts, from those of our parameters."""
@@ -106,21 +110,24 @@ def entries(model_type: str, config: ModelConfig) -> Iterator[Entry]:
     whole = [_plain("embedding", table), _plain("norm.scale", "model.norm.weight")]
     if not config.tie_embeddings:
         whole.append(_matrix("lm_head", "lm_head.weight"))
+    nested = "model.language_model." if model_type in QWEN[1:] else ""
     for rule in whole:
-        yield Entry(rule, "", rule.ours, None)
+        yield Entry(rule, "", rule.ours, None, nested)
     for g, group in enumerate(layer_groups(config)):
         for repeat in range(group.repeats):
             for b, kind in enumerate(group.unit):
                 prefix = f"model.layers.{group.start + repeat * len(group.unit) + b}."
                 for rule in _block_rules(model_type, config, kind):
-                    yield Entry(rule, prefix, tuple(f"groups.{g}.blocks.{b}.{o}" for o in rule.ours), repeat)
+                    ours = tuple(f"groups.{g}.blocks.{b}.{o}" for o in rule.ours)
+                    yield Entry(rule, prefix, ours, repeat, nested)
 
 
 def ignored(model_type: str, config: ModelConfig, name: str) -> bool:
     """Whether a checkpoint may have that tensor although the model does not need it."""
     if config.tie_embeddings and name == "lm_head.weight":
         return True
-    return model_type == "qwen3_next" and name.startswith("mtp.")  # heads that predict further tokens
+    # Heads that predict further tokens, and what reads images.
+    return model_type in QWEN and name.startswith(("mtp.", "model.visual."))
 
 
 def _plain(ours: str, *theirs: str, form: str = "") -> Rule:
@@ -136,42 +143,54 @@ def _linear(ours: str, theirs: str, names: str) -> list[Rule]:
 
 
 def _block_rules(model_type: str, config: ModelConfig, kind: LayerKind) -> list[Rule]:
-    norms = (
-        ("attn_norm", "mlp_norm") if model_type in FLA else ("input_layernorm", "post_attention_layernorm")
-    )
-    rules = [_plain("attn_norm.scale", f"{norms[0]}.weight"), _plain("mlp_norm.scale", f"{norms[1]}.weight")]
+    rules = [
+        _plain(f"{ours}.scale", *(f"{name}.weight" for name in theirs.split()))
+        for ours, theirs in zip(("attn_norm", "mlp_norm"), _norms(model_type, kind), strict=True)
+    ]
     if kind.mixer == "latent_attention":
         rules += _latent_rules(config)
     elif kind.mixer in ("sliding_window", "full_attention"):
         rules += _attention_rules(config, "attn" if model_type in FLA else "self_attn")
-    elif model_type == "qwen3_next":
-        rules += _qwen_delta_rules(config)
+    elif model_type in QWEN:
+        rules += _qwen_delta_rules(model_type, config)
     elif model_type == "kimi_linear":
         rules += _kimi_delta_rules()
     else:
-        rules += _fla_delta_rules(config, kind.mixer)
+        rules += _fla_delta_rules(config, kind.mixer, "attn" if model_type in FLA else "linear_attn")
     if kind.mlp == "dense":
         return rules + _dense_rules(model_type)
     return rules + (_kimi_expert_rules(config) if model_type == "kimi_linear" else _qwen_expert_rules())
+
+
+def _norms(model_type: str, kind: LayerKind) -> tuple[str, str]:
+    """Names of a block's two norms; a name that is read too stands behind the one that is written."""
+    if model_type in FLA:
+        return "attn_norm", "mlp_norm"
+    if model_type != "olmo_hybrid":
+        return "input_layernorm", "post_attention_layernorm"
+    if kind.mixer == "full_attention":  # transformers 5.24 writes the first under the other name
+        return "post_attention_layernorm feedforward_layer_norm", "post_feedforward_layernorm"
+    return "attention_layer_norm input_layernorm", "feedforward_layer_norm post_attention_layernorm"
 
 
 def _convolutions(theirs: str) -> list[Rule]:
     return [_plain(f"mixer.{n}_conv", f"{theirs}.{n}_conv1d.weight", form="taps") for n in "qkv"]
 
 
-def _fla_delta_rules(config: ModelConfig, mixer: str) -> list[Rule]:
-    rules = _linear("mixer", "attn", "q k v b o") + _convolutions("attn")
-    rules.append(_plain("mixer.o_norm.scale", "attn.o_norm.weight"))
+def _fla_delta_rules(config: ModelConfig, mixer: str, theirs: str) -> list[Rule]:
+    rules = _linear("mixer", theirs, "q k v b o") + _convolutions(theirs)
+    rules.append(_plain("mixer.o_norm.scale", f"{theirs}.o_norm.weight"))
     if mixer == "delta_net":
-        return rules + (_linear("mixer", "attn", "g") if config.use_gate else [])
-    rules += [_plain("mixer.A_log", "attn.A_log"), _plain("mixer.dt_bias", "attn.dt_bias", form="vector")]
+        return rules + (_linear("mixer", theirs, "g") if config.use_gate else [])
+    rules.append(_plain("mixer.A_log", f"{theirs}.A_log"))
+    rules.append(_plain("mixer.dt_bias", f"{theirs}.dt_bias", form="vector"))
     if mixer == "gated_delta_net":
-        return rules + _linear("mixer", "attn", "a" if config.use_gate is False else "a g")
+        return rules + _linear("mixer", theirs, "a" if config.use_gate is False else "a g")
     for n in "fg":
         rules += [
-            _matrix(f"mixer.{n}_{x}_proj.kernel", f"attn.{n}_proj.{i}.weight") for i, x in enumerate("ab")
+            _matrix(f"mixer.{n}_{x}_proj.kernel", f"{theirs}.{n}_proj.{i}.weight") for i, x in enumerate("ab")
         ]
-    return [*rules, _plain("mixer.g_b_proj.bias", "attn.g_proj.1.bias")]
+    return [*rules, _plain("mixer.g_b_proj.bias", f"{theirs}.g_proj.1.bias")]
 
 
 def _kimi_delta_rules() -> list[Rule]:
@@ -181,15 +200,19 @@ def _kimi_delta_rules() -> list[Rule]:
     return [*rules, _plain("mixer.o_norm.scale", "self_attn.o_norm.weight")]
 
 
-def _qwen_delta_rules(config: ModelConfig) -> list[Rule]:
+def _qwen_delta_rules(model_type: str, config: ModelConfig) -> list[Rule]:
     name, H = "linear_attn", config.num_heads
 
-    def kernels(letters: str) -> tuple[str, ...]:
-        return tuple(f"mixer.{n}_proj.kernel" for n in letters)
+    def joint(letters: str, tensor: str, groups: int = 1) -> Rule:
+        kernels = tuple(f"mixer.{n}_proj.kernel" for n in letters)
+        return Rule(kernels, (f"{name}.in_proj_{tensor}.weight",), transposed=True, groups=groups)
 
+    if model_type == "qwen3_next":
+        projections = [joint("qkvg", "qkvz", H), joint("ba", "ba", H)]
+    else:
+        projections = [joint("qkv", "qkv"), joint("g", "z"), joint("b", "b"), joint("a", "a")]
     return [
-        Rule(kernels("qkvg"), (f"{name}.in_proj_qkvz.weight",), transposed=True, groups=H),
-        Rule(kernels("ba"), (f"{name}.in_proj_ba.weight",), transposed=True, groups=H),
+        *projections,
         Rule(tuple(f"mixer.{n}_conv" for n in "qkv"), (f"{name}.conv1d.weight",), form="taps"),
         _plain("mixer.A_log", f"{name}.A_log"),
         _plain("mixer.dt_bias", f"{name}.dt_bias"),

@@ -73,7 +73,8 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
 
     Args:
       model: of an architecture that has that form: flash-linear-attention's `delta_net`, `gated_deltanet` and
-        `kda` (with their attention hybrids), `kimi_linear`, `qwen3_next`.
+        `kda` (with their attention hybrids), `kimi_linear`, `qwen3_next`,
+        `qwen3_5_text`, `olmo_hybrid`.
       path: the directory, which must not exist, or be empty.
       max_shard_bytes: of one file, unless a tensor alone is larger.
 

@@ -1,4 +1,4 @@
-"""The configurations of `qwen3_next`."""
+"""The configurations of `qwen3_next`, and of `qwen3_5_text`, which has dense MLPs."""
 
 from typing import Any
 
@@ -10,7 +10,6 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
     """Our fields from theirs."""
     layers = c.need("num_hidden_layers")
     c.only("attention_bias", False)
-    c.only("decoder_sparse_step", 1)
     c.only("rope_scaling", None)
     rope = Fields(c.get("rope_parameters", default={}), "rope_parameters.")
     rope.only("rope_type", "default")
@@ -18,11 +17,12 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
     types = c.get("layer_types") or [
         "linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)
     ]
-    width, shared = c.need("moe_intermediate_size"), c.need("shared_expert_intermediate_size")
     fraction = c.get("partial_rotary_factor", default=0.25)
-    dense = sorted(c.get("mlp_only_layers", default=[]))
-    if dense != list(range(len(dense))):
-        c.fail("mlp_only_layers", dense, "the first layers, or none")
+    mlp = (
+        _read_experts(c)
+        if model_type == "qwen3_next"
+        else dict(intermediate_size=c.need("intermediate_size"))
+    )
     return dict(
         layer_pattern=kinds_of(c, types, "gated_delta_net", "full_attention"),
         num_heads=c.need("linear_num_key_heads"),
@@ -30,7 +30,6 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
         head_dim=c.need("linear_key_head_dim"),
         head_v_dim=c.need("linear_value_head_dim"),
         conv_size=c.get("linear_conv_kernel_dim", default=4),
-        intermediate_size=c.get("intermediate_size", default=width),
         attn_num_heads=c.need("num_attention_heads"),
         attn_num_kv_heads=c.need("num_key_value_heads"),
         attn_head_dim=c.need("head_dim"),
@@ -38,6 +37,20 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
         attn_qk_norm=True,
         attn_output_gate=True,
         rope_theta=float(rope.get("rope_theta", default=c.get("rope_theta", default=10000.0))),
+        zero_centered_norm=True,
+        norm_eps=c.get("rms_norm_eps", default=1e-6),
+        **mlp,
+    )
+
+
+def _read_experts(c: Fields) -> dict[str, Any]:
+    c.only("decoder_sparse_step", 1)
+    width, shared = c.need("moe_intermediate_size"), c.need("shared_expert_intermediate_size")
+    dense = sorted(c.get("mlp_only_layers", default=[]))
+    if dense != list(range(len(dense))):
+        c.fail("mlp_only_layers", dense, "the first layers, or none")
+    return dict(
+        intermediate_size=c.get("intermediate_size", default=width),
         num_experts=c.need("num_experts"),
         experts_per_token=c.need("num_experts_per_tok"),
         expert_intermediate_size=width,
@@ -45,19 +58,15 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
         shared_expert_gate=True,
         router_renormalize=c.get("norm_topk_prob", default=True),
         num_dense_layers=len(dense),
-        zero_centered_norm=True,
-        norm_eps=c.get("rms_norm_eps", default=1e-6),
     )
 
 
 def write(config: ModelConfig, model_type: str) -> dict[str, Any]:
     """Their fields from ours."""
     names = {"gated_delta_net": "linear_attention", "full_attention": "full_attention"}
-    width = config.expert_intermediate_size or 0
-    if config.num_experts is None:
-        raise ValueError(f"ModelConfig.num_experts={config.num_experts}: a qwen3_next model has experts")
+    experts = model_type == "qwen3_next"
     return dict(
-        architectures=["Qwen3NextForCausalLM"],
+        architectures=["Qwen3NextForCausalLM" if experts else "Qwen3_5ForCausalLM"],
         hidden_act="silu",
         layer_types=[names[kind] for kind in config.layers],
         linear_num_key_heads=config.num_heads,
@@ -68,9 +77,24 @@ def write(config: ModelConfig, model_type: str) -> dict[str, Any]:
         num_attention_heads=config.attention_heads,
         num_key_value_heads=config.attention_kv_heads,
         head_dim=config.attention_head_dim,
+        attention_bias=False,
+        rms_norm_eps=config.norm_eps,
+        **(_write_experts(config) if experts else _write_rotary(config)),
+    )
+
+
+def _write_rotary(config: ModelConfig) -> dict[str, Any]:
+    fields = dict(
+        rope_type="default", rope_theta=config.rope_theta, partial_rotary_factor=config.attn_rope_fraction
+    )
+    return dict(rope_parameters=fields)
+
+
+def _write_experts(config: ModelConfig) -> dict[str, Any]:
+    width = config.expert_intermediate_size or 0
+    return dict(
         partial_rotary_factor=config.attn_rope_fraction,
         rope_theta=config.rope_theta,
-        attention_bias=False,
         num_experts=config.num_experts,
         num_experts_per_tok=config.experts_per_token,
         moe_intermediate_size=width,
@@ -78,5 +102,4 @@ def write(config: ModelConfig, model_type: str) -> dict[str, Any]:
         norm_topk_prob=config.router_renormalize,
         decoder_sparse_step=1,
         mlp_only_layers=list(range(config.num_dense_layers)),
-        rms_norm_eps=config.norm_eps,
     )
