@@ -51,34 +51,36 @@ def init_lanes(
 
 
 def take_steps(
-    loss: Callable[[Params, Any], Array],
+    loss: Callable[..., Array],
     optimizer: optax.GradientTransformation,
     lanes: Lanes,
     batches: Any,
     mapped: Callable[[Any], Any] = jax.vmap,
+    own: tuple[Any, ...] = (),
 ) -> tuple[Lanes, Float[Array, "steps lanes"]]:
     """One step of all lanes for each of the batches.
 
     Args:
-        loss: of one lane's parameters and a batch.
+        loss: of one lane's parameters, a batch, and what is the lane's `own`.
         optimizer: makes the updates of a learning rate of 1.
         lanes: where they stand.
         batches: arrays with a leading axis of steps.
         mapped: makes a function of one lane one of all.
+        own: arrays with a leading axis of lanes.
 
     Returns:
         The lanes afterwards, and each step's losses.
     """
 
     def step(carry, batch):
-        def one(rate, params, opt_state):
-            value, grads = jax.value_and_grad(loss)(params, batch)
+        def one(rate, params, opt_state, *own):
+            value, grads = jax.value_and_grad(loss)(params, batch, *own)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             # Weight decay is part of the update, so the rate scales it as it does everywhere.
             params = optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates))
             return params, opt_state, value
 
-        params, opt_state, values = mapped(one)(lanes.rates, *carry)
+        params, opt_state, values = mapped(one)(lanes.rates, *carry, *own)
         return (params, opt_state), values
 
     (params, opt_state), losses = jax.lax.scan(step, (lanes.params, lanes.opt_state), batches)

@@ -42,12 +42,13 @@ def draw(results: dict[str, Any], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    hard = "mini_batches" in results
-    figure, axes = pyplot.subplots(1, 2 if hard else 1, figsize=(9 if hard else 6, 4), squeeze=False)
+    hard, language = "mini_batches" in results, "scores" in results
+    two = hard or language
+    figure, axes = pyplot.subplots(1, 2 if two else 1, figsize=(9 if two else 6, 4), squeeze=False)
     if hard:
         _hard(results, axes[0])
-    elif "scores" in results:
-        _language(results, axes[0, 0])
+    elif language:
+        _language(results, axes[0])
     else:
         _logistic(results, axes[0, 0])
     figure.tight_layout()
@@ -74,12 +75,21 @@ def _logistic(results: dict[str, Any], axes: Any) -> None:
 def _language(results: dict[str, Any], axes: Any) -> None:
     from train.experiments.statistics import mean_and_band
 
-    names = list(results["scores"][0])
-    found = [mean_and_band([100 * scores[name] for scores in results["scores"]]) for name in names]
-    axes.bar(names, [mean for mean, _ in found], yerr=[band for _, band in found], capsize=3)
-    axes.axhline(found[names.index("student")][0], color="gray", ls="--", lw=0.8)
-    axes.set_ylabel("right answers, %")
-    axes.tick_params(axis="x", rotation=60)
+    found = results["scores"]
+    for ax, kind in zip(axes, ("easy", "hard"), strict=True):
+        for name, of in found.items():
+            mean, band = mean_and_band([100 * x for x in of[kind]])
+            color = "gray" if name.startswith(("chosen", "rejected")) else "C0"
+            ax.bar(name, mean, yerr=band, capsize=3, color=color)
+            optimum = of.get(f"predicted_{kind}")
+            if optimum is not None:
+                ax.plot(name, 100 * sum(optimum) / len(optimum), "k_", markersize=14)
+            if name == "student":
+                ax.axhline(mean, color="gray", ls="--", lw=0.8)
+        ax.set_ylim(0, 100)
+        ax.set_title(f"after {kind} symbols; a line: DPO's optimum")
+        ax.tick_params(axis="x", rotation=75)
+    axes[0].set_ylabel("right elements of sampled answers, %")
 
 
 def _hard(results: dict[str, Any], axes: Any) -> None:
