@@ -44,6 +44,12 @@ FULL_WIDTH = [
     cases.Case("head", T=1000, K=128, V=128, B=2, H=2, HV=4, segments="states", decay="softplus"),
     cases.Case("channel", T=1000, K=128, V=128, B=2, H=2, HV=2, segments="states", decay="bounded"),
     cases.Case("head", T=1000, K=256, V=256, B=2, segments="states", decay="slow"),
+    # Every token there: the gate's fast form in all chunks.
+    cases.Case("channel", T=1024, K=128, V=128, H=2, HV=4, decay="bounded"),
+    cases.Case("channel", T=1024, K=64, V=64, H=2, HV=2, decay="bounded", keys="identical", beta_max=2.0),
+    # Heads enough for two warpgroups a block, too few for a block each in two waves.
+    cases.Case("channel", T=256, K=128, V=128, H=96, HV=96, decay="bounded"),
+    cases.Case("head", T=130, K=128, V=128, H=48, HV=96, decay="slow"),
     # Heads of which two warpgroups share a state column.
     cases.Case("none", T=1000, K=256, V=256, H=2, HV=4, beta_max=2.0),
     cases.Case("none", T=520, K=256, V=512, keys="identical", beta_max=2.0, normalize=False),
