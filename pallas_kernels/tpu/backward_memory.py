@@ -24,12 +24,12 @@ def in_registers(blocks: Blocks, config: Config) -> bool:
     """
     chunks = blocks.heads * blocks.tokens // config.chunk
     wide = head_tiles(blocks.K, blocks.V) > 1 or chunks > STEP_CHUNKS
-    return config.gate != "channel" or middle_block(config) < ROWS or wide
+    return config.gate != "channel" or middle_block(config, 1) < ROWS or wide
 
 
 def anchors(config: Config) -> list[int]:
     """Sizes of the blocks across whose border tokens are related; 0: inside blocks about their middle."""
-    return [0] + [size for size in (16, 32) if middle_block(config) <= size < config.chunk]
+    return [0] + [size for size in (16, 32) if middle_block(config, 1) <= size < config.chunk]
 
 
 class Kept(NamedTuple):

@@ -10,7 +10,7 @@ from pallas_kernels.tpu import chunk, gates, tiles
 from pallas_kernels.tpu.backward_memory import ROWS, Kept, anchors
 from pallas_kernels.tpu.backward_prepare import Prepare, widened
 from pallas_kernels.tpu.backward_step import lane_sum
-from pallas_kernels.tpu.dots import NN, NT, TN, bf16_dot, dot
+from pallas_kernels.tpu.dots import NN, NT, TN, bf16_dot, dot, split
 from pallas_kernels.tpu.inverse import iota
 from pallas_kernels.tpu.relations import beside, block_rows, diagonal, meet_at, middle_block, stack
 from pallas_kernels.tpu.weave import Steps
@@ -37,8 +37,8 @@ class Pieces(Prepare):
         for j, h in enumerate(heads):
             dr = dY[j] * self.rows(self.s.beta_columns, c)[:, h : h + 1]
             dR.append(dr)
-            m.dY[0, j] = self.parts(dY[j])[0]
-            parts = self.parts(-dr)
+            m.dY[0, j] = dY[j].astype(self.work)
+            parts = list(split(-dr)) if passes == 1 else [-dr]
             m.dR[0, j] = parts[0]
             left = jnp.concatenate([m.dO[z, j], *parts], axis=0)
             right = jnp.concatenate([m.reads[z, j], *[m.reads[z, j, C:]] * (len(parts) - 1)], axis=0)
@@ -62,7 +62,8 @@ class Pieces(Prepare):
             if passes == 3:
                 writes.append(dot(V_j[0], m.dS[z, j], NN, passes))
             else:  # V' may cancel in the sums over tokens that make dg
-                writes.append(bf16_dot(V_j.reshape(2 * C, V), m.dS[z, j]))
+                dS = m.dS[z, j]
+                writes.append(bf16_dot(beside([V_j[0], V_j[1]]), stack(dS, dS)))
             yield
         for j in range(n):
             read, write = reads[j], writes[j]
@@ -72,10 +73,7 @@ class Pieces(Prepare):
                 q, k = m.q[z, j, here], m.k[z, j, here]
                 since, until = self.factors(m, j, c, r)
                 dq, dk_read = read[here] * since, read[C + r : C + r + ROWS] * since
-                dk_write = write[here]
-                if write.shape[0] > C:
-                    dk_write = dk_write + write[C + r : C + r + ROWS]
-                dk_write = dk_write * until
+                dk_write = write[here] * until
                 written = dk_write * k
                 m.dG[0][0, j, here] = dq * q + dk_read * k - written
                 total += functools.reduce(jnp.add, [written[i : i + 8] for i in range(0, ROWS, 8)])
@@ -115,7 +113,7 @@ class Pieces(Prepare):
             self.set_column(c, h, 0, lane_sum([m.dbeta[z, j], jnp.where(lane // C == j, through, 0.0)]))
         yield
         row, column = iota(dkk.shape, 0), iota(dkk.shape, 1) % C
-        middle = middle_block(config)
+        middle = middle_block(config, 1)
         for i, size in enumerate(anchors(config)):
             here = meet_at(dkk.shape, C, size) if size else row // middle == column // middle
             a, b = jnp.where(here, dkk, 0.0), jnp.where(here, dP, 0.0)
@@ -143,13 +141,18 @@ class Pieces(Prepare):
                 yield
 
     def anchor_products(self, m: Kept, i: int, size: int, n: int) -> tuple[jax.Array, list[jax.Array]]:
-        """Gradients of the rows about anchor i, [R or high and low 2 R, n K], and of each head's columns.
+        """Gradients of the rows about anchor i, [R, n K], and of each head's columns.
 
-        With one key in all tokens d's entries cancel in the sums: d is kept to 2^-17.
+        With one key in all tokens d's entries cancel in the sums: d is kept to 2^-16.
         """
         C, z, passes = self.C, self.z, self.passes
         d = m.d[i][z]
-        drows = dot(d, diagonal(self.anchor_columns(m, i, size, n)), NN, passes)
+        columns = diagonal(self.anchor_columns(m, i, size, n))
+        if passes == 1:
+            R = d.shape[0] // 2
+            drows = dot(beside([d[:R], d[R:]]), stack(columns, columns))
+        else:
+            drows = dot(d, columns, NN, passes)
         turned = d.T  # [nC, R], or high and low parts along the summed axis
         dcolumns = []
         for j in range(n):
@@ -178,8 +181,6 @@ class Pieces(Prepare):
             grads = []
             for x in (row, R // 2 + row):
                 own = drows[x : x + ROWS, j * K : (j + 1) * K]
-                if self.passes == 1:
-                    own = own + drows[R + x : R + x + ROWS, j * K : (j + 1) * K]
                 grads.append(own)
                 dG = dG + own * m.rows[i][z, j, x : x + ROWS].astype(jnp.float32)
             dk, dq = (x * since for x in grads)

@@ -10,7 +10,7 @@ from pallas_kernels.tpu import chunk, gates, tiles
 from pallas_kernels.tpu.backward_memory import ROWS, Kept, anchors
 from pallas_kernels.tpu.backward_step import Step, times
 from pallas_kernels.tpu.chunk import LAST, SEEN
-from pallas_kernels.tpu.dots import NN, NT, bf16_dot, dot, split
+from pallas_kernels.tpu.dots import NN, NT, bf16_dot, dot, halves
 from pallas_kernels.tpu.inverse import iota
 from pallas_kernels.tpu.relations import beside, diagonal, meet_at, middle_block, spread_rows
 from pallas_kernels.tpu.weave import Steps
@@ -33,8 +33,8 @@ class Prepare(Step):
         self.z = jnp.minimum(pl.program_id(2), 0)
 
     def parts(self, x: jax.Array) -> list[jax.Array]:
-        """What a product takes for x kept to 2^-17."""
-        return list(split(x)) if self.passes == 1 else [x]
+        """What a product takes for x kept to 2^-16."""
+        return list(halves(x)) if self.passes == 1 else [x]
 
     def hide(self, start: int, size: int):
         """Hides padding among tokens from ``start``."""
@@ -91,7 +91,7 @@ class Prepare(Step):
             for j, (h, x) in enumerate(zip(heads, self.load(refs.g, c, r, heads), strict=True)):
                 rate = None if refs.rate is None else refs.rate[0, h : h + 1]
                 dt = None if refs.dt_bias is None else refs.dt_bias[0, h : h + 1]
-                high, low = split(hide(gates.log2_decay(x, rate, dt, config)))
+                high, low = halves(hide(gates.log2_decay(x, rate, dt, config)))
                 lanes = slice(j * K, (j + 1) * K)
                 m.decays[0, r : r + ROWS, lanes] = high
                 m.decays[0, C + r : C + r + ROWS, lanes] = low
@@ -113,7 +113,7 @@ class Prepare(Step):
         at = lambda t: m.G[self.z, j, t : t + 1]  # noqa: E731
         G = m.G[self.z, j, r : r + ROWS]
         if size == 0:
-            middle = middle_block(self.config)
+            middle = middle_block(self.config, self.passes)
             difference = G - at(r // middle * middle + middle // 2)
             return jnp.exp2(difference), jnp.exp2(-difference)
         anchor = at(r // (2 * size) * 2 * size + size - 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from pallas_kernels.tpu import chunk, gates, tiles
 from pallas_kernels.tpu.backward_step import Step, lane_sum, times
 from pallas_kernels.tpu.chunk import LAST, SEEN, Unit
-from pallas_kernels.tpu.dots import NN, NT, TN, dot, dot_split_left, split
+from pallas_kernels.tpu.dots import NN, NT, TN, dot, dot_split_left, halves, split
 from pallas_kernels.tpu.inverse import iota
 from pallas_kernels.tpu.relations import (
     RelationGradients,
@@ -106,7 +106,7 @@ class Registers(Step):
         for j, h in enumerate(heads):
             dr = w.dY[j] * self.rows(self.s.beta_columns, c)[:, h : h + 1]
             w.dR.append(dr)
-            parts = split(-dr) if passes == 1 else (-dr,)
+            parts = halves(-dr) if passes == 1 else (-dr,)
             head = w.unit.heads[j]
             reads = [times(x, w.since[j]).astype(self.work) for x in (head.q, head.k)]
             left = jnp.concatenate([w.dO[j], *parts], axis=0)
@@ -178,7 +178,7 @@ class Registers(Step):
             )
             for j in range(n):
                 dq[j], dk[j], dG[j] = dq[j] + got.q[j], dk[j] + got.k[j], dG[j] + got.G[j]
-            yield from self.channel_gate(heads, c, dG, dtotal)
+            yield from self.channel_gate(heads, c, dG, dtotal, of)
         else:
             if config.gate == "head":
                 both = dkk * w.unit.kk + dP * w.unit.p  # gradient of G_r - G_i
@@ -186,7 +186,8 @@ class Registers(Step):
                 dkk, dP = dkk * w.unit.gamma, dP * w.unit.gamma
             rows = [stack(x.k, x.q).astype(self.work) for x in w.unit.heads]
             columns = [x.k.astype(self.work) for x in w.unit.heads]
-            drows, dcolumns = relations_pulled(stack(dkk, dP), rows, columns, C, passes)
+            deep = config.gate == "none"  # the shorter schedules
+            drows, dcolumns = relations_pulled(stack(dkk, dP), rows, columns, C, passes, deep)
             for j in range(n):
                 x = drows[:, j * blocks.K : (j + 1) * blocks.K]
                 dq[j] = dq[j] + x[C:]
@@ -196,7 +197,7 @@ class Registers(Step):
             self.add_keys(c, h, dq[j], dk[j], w.unit.heads[j])
         yield
 
-    def channel_gate(self, heads, c, dG, dtotal) -> Steps:
+    def channel_gate(self, heads, c, dG, dtotal, own: list[chunk.Head]) -> Steps:
         """Gradients of a per-channel gate: dg_t sums dG over the tokens from t on."""
         C, refs, s = self.C, self.refs, self.s
         raw = tiles.load(refs.g, c * C, C, heads, self.blocks.interpret)
@@ -210,7 +211,7 @@ class Registers(Step):
                 real = self.rows(s.real, c)
                 g, dg = jnp.where(real, g, 0.0), jnp.where(real, dg, 0.0)
             yield
-            dx, dlog_rate = gates.log2_decay_gradients(g, dg, rate, dt, self.config)
+            dx, dlog_rate = gates.log2_decay_gradients(g, dg, rate, dt, self.config, own[j].g)
             if self.out.dt_bias is not None:
                 self.out.dt_bias[0, 0, h : h + 1] += jnp.sum(dx, axis=0, keepdims=True)
                 self.out.log_rate[0, 0, h : h + 1] += jnp.sum(dlog_rate, axis=0, keepdims=True)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.tpu.chunk import Refs, Scalars
 from pallas_kernels.tpu.config import Blocks, Config
-from pallas_kernels.tpu.dots import bf16_dot, split
+from pallas_kernels.tpu.dots import bf16_dot, halves, split
 from pallas_kernels.tpu.inverse import iota
 from pallas_kernels.tpu.launch import Saved
 
@@ -68,7 +68,7 @@ class Step:
     def suffix_sums(self, x: jax.Array) -> jax.Array:
         """Sum over the tokens from each on: [C, D]."""
         C = self.C
-        parts = list(split(x))
+        parts = list(halves(x))
         if self.passes == 3:  # what the sums leave may be 2^-10 of their terms
             parts[1:] = split(x - parts[0].astype(jnp.float32))
         shape = (C, len(parts) * C)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.tpu import gates, tiles
 from pallas_kernels.tpu.config import Blocks, Config
-from pallas_kernels.tpu.dots import split
+from pallas_kernels.tpu.dots import halves
 from pallas_kernels.tpu.inverse import iota, unit_lower_inverse
-from pallas_kernels.tpu.relations import Decays, beside, channel_relations, relate, stack
+from pallas_kernels.tpu.relations import CAP, CAPPED, Decays, beside, capped, channel_relations, relate, stack
 from pallas_kernels.tpu.weave import Steps
 
 
@@ -77,6 +77,7 @@ class Head:
     q_factor: Any  # what q and k were multiplied by: [C, 1], or a number
     k_factor: Any
     k_given: Any = None  # k as it was before normalisation
+    g: Any = None  # [C, K] log2 decays of a per-channel gate
     G: Any = None  # [C, K] or [C, 1]
     decays: Any = None  # Decays of a per-channel gate
 
@@ -127,7 +128,6 @@ def load_heads(
         yield
     unit.heads = [Head(*loaded[h // blocks.group]) for h in heads]
     if config.gate == "channel":
-        tril = jnp.where(iota((C, 2 * C), 0) >= iota((C, 2 * C), 1) % C, 1.0, 0.0).astype(jnp.bfloat16)
         raw = tiles.load(refs.g, c * C, C, heads, blocks.interpret)
         gs = []
         for h, x in zip(heads, raw, strict=True):
@@ -136,8 +136,11 @@ def load_heads(
             gs.append(keep(gates.log2_decay(keep(x), rate, dt, config)))
             yield
         for head, g in zip(unit.heads, gs, strict=True):
-            head.G = gates.cumulative(g, tril)
-            head.decays = Decays(head.G, config)
+            head.g = g
+            head.G, near = gates.cumulative(g), None
+            if capped(config, blocks.passes):
+                near = gates.around_middles(jnp.maximum(g, CAP * gates.LOG2E), CAPPED)
+            head.decays = Decays(head.G, near, config, blocks.passes)
         yield
 
 
@@ -187,7 +190,7 @@ def solve(
             g = s.g[:, c * C : (c + 1) * C]
             triu = jnp.where(iota((2 * C, C), 0) % C <= iota((2 * C, C), 1), 1.0, 0.0).astype(jnp.bfloat16)
             rows = jax.lax.dot(
-                jnp.concatenate(split(g), axis=1), triu, preferred_element_type=jnp.float32
+                jnp.concatenate(halves(g), axis=1), triu, preferred_element_type=jnp.float32
             )  # [all heads, C]: G
             columns = rows.T
             yield

@@ -24,6 +24,15 @@ def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`split` to 2^-16 of x in fewer steps, high cut off and not rounded: where only their sum is used."""
+    if x.dtype == jnp.bfloat16:
+        return split(x)
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
 def bf16_dot(x: jax.Array, y: jax.Array, contract=NN) -> jax.Array:
     """One pass: operands rounded to bfloat16, float32 result."""
     return lax.dot_general(
@@ -45,9 +54,16 @@ def dot(x: jax.Array, y: jax.Array, contract=NN, passes: int = 1) -> jax.Array:
     return bf16_dot(left, right, contract) + bf16_dot(xl, yh, contract)
 
 
-def dot_split_left(x: jax.Array, y: jax.Array, passes: int = 1) -> jax.Array:
-    """x y with x to 2^-17: for terms that cancel in the sum. y's rounding remains where ``passes`` is 1."""
+def dot_split_left(x: jax.Array, y: jax.Array, passes: int = 1, deep: bool = True) -> jax.Array:
+    """x y with x to 2^-16: for terms that cancel in the sum. y's rounding remains where ``passes`` is 1.
+
+    ``deep``: both parts along the summed axis, so that the matrix units add them; else one above the other,
+    with fewer loads of y.
+    """
     if passes == 3:
         return dot(x, y, NN, 3)
-    product = bf16_dot(jnp.concatenate(split(x), axis=0), y)
+    y = y.astype(jnp.bfloat16)
+    if deep:
+        return bf16_dot(jnp.concatenate(halves(x), axis=1), jnp.concatenate([y, y], axis=0))
+    product = bf16_dot(jnp.concatenate(halves(x), axis=0), y)
     return product[: x.shape[0]] + product[x.shape[0] :]

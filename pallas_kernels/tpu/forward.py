@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu import chunk, tiles
 from pallas_kernels.tpu.chunk import LAST, REAL, SEEN, Refs, Scalars, Unit
 from pallas_kernels.tpu.config import Blocks, Config
-from pallas_kernels.tpu.dots import NN, NT, TN, dot, split
+from pallas_kernels.tpu.dots import NN, NT, TN, dot, halves
 from pallas_kernels.tpu.inverse import unit_lower_inverse
 from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units_of
 from pallas_kernels.tpu.relations import beside, diagonal, stack
@@ -147,7 +147,7 @@ def recur(
     keep = [scratch.keep[u, j] for j in range(n)]
     p = scratch.p[u]
     done(u)
-    pieces = list(split(values)) if blocks.passes == 1 else [values]
+    pieces = list(halves(values)) if blocks.passes == 1 else [values]
     parts = [[x[:, j * blocks.V : (j + 1) * blocks.V] for j in range(n)] for x in pieces]
     o = dot(
         beside([p] * len(parts)), jnp.concatenate([diagonal(x) for x in parts], axis=0), NN, blocks.passes

@@ -3,26 +3,37 @@
 ``exp(G_r - G_i) <= 1`` wherever it is used, but not its factors. They are taken about an *anchor*: across
 the border between two blocks both are at most 1; inside a block, about its middle, they stay within float32
 while half a block's log decays sum to less than `SAFE` nats. Blocks that may decay more are halved, down to
-single tokens.
+single tokens. An unbounded gate's blocks of `CAPPED` tokens may have their middle too where operands are
+bfloat16: inside such a block a token's decay counts as no less than exp(`CAP`), 1e-10, a trace of it that
+nothing rounded to 2^-9 can show.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.config import Config
-from pallas_kernels.tpu.dots import NN, NT, dot, dot_split_left, split
+from pallas_kernels.tpu.dots import NN, NT, dot, dot_split_left, halves
 from pallas_kernels.tpu.inverse import iota
 from pallas_kernels.tpu.weave import Steps
 
 SAFE = 80.0  # nats: exp(+-80) and its products with keys are far from float32's and bfloat16's limits
 
 
-def middle_block(config: Config) -> int:
+CAPPED = 8  # tokens
+CAP = -SAFE / ((CAPPED - 1) / 2)  # nats
+
+
+def capped(config: Config, passes: int) -> bool:
+    """Whether decays inside blocks of `CAPPED` tokens are capped."""
+    return passes == 1 and config.gate == "channel" and config.activation != "bounded"
+
+
+def middle_block(config: Config, passes: int) -> int:
     """Size of the largest blocks whose inside may be anchored at the middle; 1: none may."""
     if config.activation != "bounded" or config.lower_bound is None:
-        return 1
+        return CAPPED if capped(config, passes) else 1
     size = config.chunk
     while size > 1 and -config.lower_bound * size / 2 > SAFE:
         size //= 2
@@ -52,20 +63,20 @@ def relate(rows: list[jax.Array], columns: list[jax.Array], passes: int) -> jax.
 
 
 def relate_split_rows(rows: list[jax.Array], columns: list[jax.Array], passes: int) -> jax.Array:
-    """`relate` with the rows to 2^-17."""
+    """`relate` with the rows to 2^-16."""
     if passes == 3:
         return relate(rows, columns, 3)
-    left = stack(*(beside(list(parts)) for parts in zip(*map(split, rows), strict=True)))
+    left = stack(*(beside(list(parts)) for parts in zip(*map(halves, rows), strict=True)))
     product = dot(left, diagonal([x.astype(jnp.bfloat16) for x in columns]), NT)
     half = product.shape[0] // 2
     return product[:half] + product[half:]
 
 
 def relate_split(rows: list[jax.Array], columns: list[jax.Array], passes: int) -> jax.Array:
-    """`relate` with the columns to 2^-17, for sums over columns in which they cancel."""
+    """`relate` with the columns to 2^-16, for sums over columns in which they cancel."""
     if passes == 3:
         return relate(rows, columns, 3)
-    parts = [split(x) for x in columns]
+    parts = [halves(x) for x in columns]
     right = jnp.concatenate([diagonal([p[i] for p in parts]) for i in range(2)], axis=0)  # [2 n C, n K]
     product = dot(beside([x.astype(jnp.bfloat16) for x in rows]), right, NT)
     width = product.shape[1] // 2
@@ -73,20 +84,21 @@ def relate_split(rows: list[jax.Array], columns: list[jax.Array], passes: int) -
 
 
 def relations_pulled(
-    d: jax.Array, rows: list[jax.Array], columns: list[jax.Array], C: int, passes: int
+    d: jax.Array, rows: list[jax.Array], columns: list[jax.Array], C: int, passes: int, deep: bool = True
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Pulls d [m, n C], the gradient of rows columns^T, back to both.
 
-    With one key in all tokens d's entries cancel in the sums: d is kept to 2^-17.
+    With one key in all tokens d's entries cancel in the sums: d is kept to 2^-16 (``deep``: as of
+    `dot_split_left`).
 
     Returns:
       gradients of the rows, [m, n K], and of each head's columns, [C, K].
     """
-    drows = dot_split_left(d, diagonal(columns), passes)
+    drows = dot_split_left(d, diagonal(columns), passes, deep)
     if passes == 3:
         turned = d.T
     else:  # high and low parts follow each other along the summed axis
-        turned = jnp.concatenate(split(d), axis=0).T  # [nC, 2 m]
+        turned = jnp.concatenate(halves(d), axis=0).T  # [nC, 2 m]
         rows = [stack(x, x) for x in rows]
     return drows, [dot(turned[h * C : (h + 1) * C], x, NN, passes) for h, x in enumerate(rows)]
 
@@ -112,6 +124,17 @@ def spread_rows(x: jax.Array, size: int, odd: int) -> jax.Array:
     return jnp.concatenate(parts, axis=0)
 
 
+def on_rows(f, x: jax.Array, y: jax.Array, size: int, odd: int) -> jax.Array:
+    """x [C, D] with f(its even or odd blocks of ``size``, y [C / 2, D]) in their place."""
+    new = f(block_rows(x, size, odd), y)
+    parts = []
+    for i, start in enumerate(range(0, x.shape[0], 2 * size)):
+        kept = x[start + (1 - odd) * size : start + (2 - odd) * size]
+        block = new[i * size : (i + 1) * size]
+        parts += [kept, block] if odd else [block, kept]
+    return jnp.concatenate(parts, axis=0)
+
+
 def border(G: jax.Array, size: int) -> jax.Array:
     """[C, K]: G at the last token of the even block of each token's pair of blocks of ``size``."""
     C, K = G.shape
@@ -130,9 +153,16 @@ def border(G: jax.Array, size: int) -> jax.Array:
 class Decays:
     """A chunk's cumulative log2 decays of one head, and the factors across each anchor."""
 
-    def __init__(self, G: jax.Array, config: Config):
-        self.G = G
-        self.middle = middle_block(config)
+    def __init__(self, G: jax.Array, near: jax.Array | None, config: Config, passes: int):
+        """Args:
+        G: [C, K].
+        near: if `capped`, [C, K]: G, capped, less its value at the middle of each block.
+        config: the call.
+        passes: of the products.
+        """
+        self.G, self.near = G, near
+        self.middle = middle_block(config, passes)
+        self.bounded = config.activation == "bounded"
         self.levels = [s for s in (1, 2, 4, 8, 16, 32, 64) if self.middle <= s < config.chunk]
 
     def across(self, size: int) -> jax.Array:
@@ -148,6 +178,8 @@ class Decays:
 
     def inside(self) -> tuple[jax.Array, jax.Array]:
         """exp(G - middle) and exp(middle - G) of each block of ``middle`` tokens."""
+        if self.near is not None:
+            return jnp.exp2(self.near), jnp.exp2(-self.near)
         size = self.middle
         middles = [
             jnp.broadcast_to(self.G[s + size // 2 : s + size // 2 + 1], (size, self.G.shape[1]))
@@ -206,14 +238,19 @@ def channel_relations(
                 columns.append(k_d)
             yield
         # Half of all pairs meet at the chunk's middle. Decays without a bound may be slow: errors add up.
-        most = size == C // 2 and decays[0].middle == 1
+        most = size == C // 2 and not decays[0].bounded
         product = (relate_split_rows if most else relate)(rows, columns, passes)
         half = product.shape[0] // 2
         kk_s, qk_s = product[:half], product[half:]
-        if size >= 8:
-            kk_s, qk_s = spread_rows(kk_s, size, 1), spread_rows(qk_s, size, 1)
         here = meet_at(shape, C, size)
-        kk, qk = jnp.where(here, kk_s, kk), jnp.where(here, qk_s, qk)
+        if size >= 8:
+            odd = block_rows(here, size, 1)
+            kk, qk = (
+                on_rows(lambda old, new, odd=odd: jnp.where(odd, new, old), x, y, size, 1)
+                for x, y in ((kk, kk_s), (qk, qk_s))
+            )
+        else:
+            kk, qk = jnp.where(here, kk_s, kk), jnp.where(here, qk_s, qk)
         yield
     out += [kk, qk]
 
@@ -253,9 +290,7 @@ def channel_relation_gradients(
     work = jnp.bfloat16 if passes == 1 else jnp.float32
     heads = range(len(q))
     K = q[0].shape[1]
-    dq: list[Any] = [0.0 for _ in heads]
-    dk: list[Any] = [0.0 for _ in heads]
-    dG: list[Any] = [0.0 for _ in heads]
+    dq, dk, dG = ([jnp.zeros_like(k[0]) for _ in heads] for _ in range(3))
     middle = decays[0].middle
     row, column = iota(dkk.shape, 0), iota(dkk.shape, 1) % C
     anchors = ([0] if middle > 1 else []) + decays[0].levels  # 0: inside the middle-anchored blocks
@@ -284,12 +319,19 @@ def channel_relation_gradients(
             half = x.shape[0] // 2
             own = x * rows[h].astype(jnp.float32)
             dk_rows, dq_rows, own = x[:half], x[half:], own[:half] + own[half:]
-            if sliced:
-                dk_rows, dq_rows, own = (spread_rows(y, size, 1) for y in (dk_rows, dq_rows, own))
-            since, until = factors[h]
-            dq[h] += dq_rows * since
-            dk[h] += dk_rows * since + dcolumns[h] * until
-            dG[h] += own - dcolumns[h] * columns[h].astype(jnp.float32)
+            (since, until), y, dy = factors[h], columns[h].astype(jnp.float32), dcolumns[h]
+            if sliced:  # odd blocks gain as rows, even ones as columns
+                since = block_rows(since, size, 1)
+                until, y, dy = (block_rows(z, size, 0) for z in (until, y, dy))
+                dq[h] = on_rows(jnp.add, dq[h], dq_rows * since, size, 1)
+                dk[h] = on_rows(jnp.add, dk[h], dk_rows * since, size, 1)
+                dk[h] = on_rows(jnp.add, dk[h], dy * until, size, 0)
+                dG[h] = on_rows(jnp.add, dG[h], own, size, 1)
+                dG[h] = on_rows(jnp.subtract, dG[h], dy * y, size, 0)
+            else:
+                dq[h] += dq_rows * since
+                dk[h] += dk_rows * since + dy * until
+                dG[h] += own - dy * y
             yield
     if middle == 1:  # q_r k_r on the diagonal, undecayed
         for h in heads:

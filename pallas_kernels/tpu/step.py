@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.config import block_heads
-from pallas_kernels.tpu.gates import softplus
+from pallas_kernels.tpu.gates import LN2, log2_softplus
 from pallas_kernels.tpu.launch import VMEM_LIMIT
 
 BLOCK_BYTES = 4 * 2**20  # of a block's states, at most: two blocks come and two go at a time
@@ -94,7 +94,8 @@ def _body(
         g = g_ref[0].astype(jnp.float32)
         if rate_ref is not None:
             g, rate = g + dt_bias_ref[...], rate_ref[...]
-            g = -rate * softplus(g) if lower_bound is None else lower_bound * jax.nn.sigmoid(rate * g)
+            unbounded = lower_bound is None
+            g = -rate * LN2 * log2_softplus(g) if unbounded else lower_bound * jax.nn.sigmoid(rate * g)
         decay = jnp.exp(g)
     # Columns of keys: transposed together, one lane a head.
     q, k = q.T * scale, k.T
