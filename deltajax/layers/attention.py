@@ -15,6 +15,7 @@ from deltajax.layers.norm import RMSNorm
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
 from deltajax.layers.rotary import RotaryEmbedding, rotated_channels
 from deltajax.layers.sharding import run_attention
+from deltajax.layers.single_query import single_query_attention
 from deltajax.ops.halo import left_halo
 
 
@@ -32,7 +33,8 @@ class Attention(nnx.Module):
     Memory: on the XLA path, full attention holds T x T logits per head, in the forward and the backward
     pass. With a window, a call without a cache holds at most T x 2 window_size. A call with a cache holds
     the logits of all its tokens with each other and with every slot where these are few, else it goes block
-    by block, in bounded memory (`layers.blockwise`; no gradient).
+    by block, in bounded memory (`layers.blockwise`; no gradient). One token a row reads the cache where it
+    lies (`layers.single_query`), whatever the `implementation`.
 
     Args:
       hidden_size: width D.
@@ -174,13 +176,14 @@ class Attention(nnx.Module):
 
         layout = layout_after(x.shape, segment_ids, cache.length, packed)
         q, k = self._rotate(q, k, layout)
-        sources, after = NewTokens(cache, (k, v), layout).enter(packed=packed, hold=hold)
+        flat = tuple(x.reshape(B, T, -1) for x in (k, v))
+        sources, after = NewTokens(cache, flat, layout).enter(packed=packed, hold=hold)
         o = attend(
             q,
             layout,
             sources,
-            lambda key, value: (key, value),
-            self._attend,
+            lambda *kept: tuple(x.reshape(*x.shape[:2], self.num_kv_heads, -1) for x in kept),
+            self._attend_cached,
             window=self.window_size,
             scale=self.head_dim**-0.5,
         )
@@ -189,7 +192,7 @@ class Attention(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> AttentionCache:
         """An empty cache for `batch` rows of at most `max_length` tokens (a window needs no more slots)."""
         slots = max_length if self.window_size is None else min(max_length, self.window_size)
-        shape = (batch, slots, self.num_kv_heads, self.head_dim)
+        shape = (batch, slots, self.num_kv_heads * self.head_dim)
         return AttentionCache(
             key=jnp.zeros(shape, self.dtype),
             value=jnp.zeros(shape, self.dtype),
@@ -246,6 +249,11 @@ class Attention(nnx.Module):
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, local_window_size=window, implementation=self.implementation
         )
+
+    def _attend_cached(self, q, k, v, mask) -> Float[Array, "B T N K"]:
+        if q.shape[1] > 1:
+            return self._attend(q, k, v, mask)
+        return single_query_attention(q[:, 0], k, v, mask[:, 0, 0])[:, None]
 
     def _output(self, o, gate, segment_ids) -> Float[Array, "B T D"]:
         o = without_padding(o, segment_ids)

@@ -17,8 +17,8 @@ class AttentionCache(NamedTuple):
     and full attention is exact up to L tokens (beyond, it sees the last L).
     """
 
-    key: Float[Array, "B L KV K"]  # rotated already
-    value: Float[Array, "B L KV K"]
+    key: Float[Array, "B L KV*K"]  # rotated already
+    value: Float[Array, "B L KV*K"]
     length: Int[Array, " B"]  # int32, tokens seen so far of each sequence
 
 

@@ -121,6 +121,24 @@ def test_a_step_without_a_scan_over_layers_updates_the_caches_where_they_lie(tin
     assert stats.temp_size_in_bytes < 0.3 * held
 
 
+def test_a_step_of_a_hybrid_makes_no_copy_of_keys_and_values(tiny):
+    """By the compiled program: less room than a tenth of one cache of keys, logits included."""
+    config = tiny.replace(
+        layer_pattern=("gated_delta_net", "full_attention"), num_layers=2, attn_num_heads=4,
+        attn_num_kv_heads=2, attn_head_dim=64, attn_qk_norm=True, attn_output_gate=True, stack_layers=False,
+    )  # fmt: skip
+    graph, params = nnx.split(abstract_model(config))
+    cache = jax.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)).init_cache(2, 2**14))
+    rows = jax.eval_shape(lambda: (jnp.zeros((2,), jnp.int32), jnp.zeros((2,), bool), jax.random.split(KEY)))
+    state = Decoding(jax.ShapeDtypeStruct((), jnp.int32), *rows, ())
+    stats = (
+        _advance.lower(graph, params, state, cache, Options(Sampling(), (), 0)).compile().memory_analysis()
+    )
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)]
+    assert stats.alias_size_in_bytes == sum(sizes)
+    assert stats.temp_size_in_bytes < 0.1 * max(sizes)
+
+
 def test_a_rows_tokens_do_not_depend_on_its_neighbours(hybrid):
     options = dict(max_new_tokens=6, temperature=1.0, key=KEY)
     got = generate(hybrid, PROMPT, prompt_lengths=LENGTHS, **options)
