@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltajax.ops import chunked, gates, packing, segments
+from deltajax.ops import gates, packing, segments
 from deltajax.ops.problem import Inputs, Options, vary_like
 from pallas_kernels.gpu import delta_rule
 from pallas_kernels.gpu.channel_decay import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
@@ -15,9 +15,6 @@ from pallas_kernels.gpu.tiles import CHUNK
 
 HEAD_SIZES = (64, 128, 256)  # K; others are filled up with zeros
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-# Input types whose backward pass is these kernels', not the chunked form's. That of float16 is written and
-# interpreted, and becomes HALF once `benchmarks.hopper --check`, which sets it, has passed on a card.
-BACKWARD = HALF[:1]
 
 
 def unsupported(inputs: Inputs, options: Options) -> str | None:
@@ -75,9 +72,7 @@ def _layout(inputs: Inputs, options: Options) -> packing.Layout | None:
 
 
 def saving(inputs: Inputs, options: Options) -> tuple[Array, Array, tuple[Array, ...]]:
-    """`forward`, and the arrays that `backward` reads: none where that is the chunked form."""
-    if inputs.q.dtype not in BACKWARD:
-        return *forward(inputs, options), ()
+    """`forward`, and the arrays that `backward` reads."""
     o, state, saved = _run(inputs, options, keep=True)
     return o, state, tuple(jax.tree.leaves(saved))
 
@@ -86,8 +81,6 @@ def backward(
     inputs: Inputs, options: Options, do: Float[Array, "B T HV V"], dfinal: Array, *saved: Array
 ) -> Inputs:
     """Gradients of all float inputs, None for the others."""
-    if not saved:
-        return chunked.backward(inputs, options, do, dfinal)
     floats = inputs._replace(segment_ids=None)
     call, pull = jax.vjp(lambda x: _call(x._replace(segment_ids=inputs.segment_ids), options), floats)
     q, k, v, beta, *decay, state = call

@@ -99,9 +99,9 @@ def channel_relations(
         ),
         relation_tile=tile((CHUNK, CHUNK), jnp.float16),
         token_tile=plgpu.SMEM((2, CHUNK), jnp.float32),
+        own_tile=plgpu.SMEM((CHUNK,), jnp.float32),
         norm_tile=plgpu.SMEM((CHUNK,), jnp.float32),
         decay_tile=plgpu.SMEM((halves, HALF), jnp.float32),
-        zero_tile=plgpu.SMEM((8,), jnp.int32),
         g_loaded=plgpu.Barrier(num_arrivals=1 + halves + (gate is not None)),
         loaded=plgpu.Barrier(num_arrivals=2 * halves),
     )
@@ -152,9 +152,9 @@ def _body(
     x_tile,
     relation_tile,
     token_tile,
+    own_tile,
     norm_tile,
     decay_tile,
-    zero_tile,
     g_loaded,
     loaded,
     halves,
@@ -183,7 +183,6 @@ def _body(
         plgpu.copy_gmem_to_smem(k_ref.at[b, here, h // group, channels], k_raw[half], loaded)
         plgpu.copy_gmem_to_smem(q_ref.at[b, here, h // group, channels], q_raw[half], loaded)
 
-    zero_tile[0] = 0
     row, column = iota(0), iota(1)
     sum_tile[...] = jnp.where(column <= row, 1.0, 0.0).astype(jnp.float16)
     plgpu.barrier_wait(g_loaded)
@@ -201,27 +200,32 @@ def _body(
         x_tile[0][...], y_tile[...] = split(g, jnp.float16)
         plgpu.commit_smem()
         sums.append(tiles.product(HALF, (sum_tile, x_tile[0]), (sum_tile, y_tile)))
-        plgpu.commit_smem()  # all warps are done with what is overwritten next
+        tiles.meet()  # all warps are done with what is overwritten next
     line = tokens_in_line()
     for half in range(halves):
         rowwise.scatter(G_of(half), line, sums[half])
 
-    # q and k in float16; |k|^2, |q|^2 and q . k of each token.
+    # |k|^2, |q|^2 and q . k of each token. q and k in float16, where bf16 ones stay as they are: normalised
+    # before they are rounded, equal keys would drift (1 - beta |k|^2 below -1) by an equal error a token.
     plgpu.barrier_wait(loaded)
     kk_sums, qq_sums, own_sums = [], [], []
     for half in range(halves):
-        q, k = plgpu.load(q_raw[half], layout=L), plgpu.load(k_raw[half], layout=L)
-        q_tile[half][...], k_tile[half][...] = q.astype(jnp.float16), k.astype(jnp.float16)
-        q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-        kk_sums.append((k * k).sum(axis=1))
-        qq_sums.append((q * q).sum(axis=1))
+        q, k = load(q_raw[half]), load(k_raw[half])
+        if normalize:
+            kk_sums.append((k * k).sum(axis=1))
+            qq_sums.append((q * q).sum(axis=1))
         own_sums.append((q * k).sum(axis=1))
     if normalize:
         n, m = lax.rsqrt(total(kk_sums) + 1e-6), lax.rsqrt(total(qq_sums) + 1e-6) * scale
     else:
         n, m = constant(1.0, ROW), constant(scale, ROW)
+    own_tile[...] = total(own_sums) * n * m  # kept in registers, the compiler would sum late, and spill
     norm_tile[...] = n
-    plgpu.commit_smem()
+    tiles.meet()  # or it would keep q and k
+    for half in range(halves):
+        for raw, to in ((q_raw, q_tile), (k_raw, k_tile)):
+            to[half][...] = plgpu.load(raw[half], layout=L).astype(jnp.float16)
+    tiles.meet()  # G is there; the rows of q and k are their warps' own
 
     meet = row ^ column  # at least s where tokens meet as blocks of s, or larger ones, pair up
 
@@ -229,7 +233,7 @@ def _body(
         """Products of k with k, and of q with k, across the borders between paired blocks of 2^s tokens."""
         factors = [across_border(G_of(half), line, s).astype(jnp.float16) for half in range(halves)]
         kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
-        plgpu.commit_smem()  # all warps are done with the level before
+        tiles.meet()  # all warps are done with the level before
         for half in range(halves):
             x_tile[half][...] = kf[half]
         plgpu.commit_smem()
@@ -240,13 +244,15 @@ def _body(
     def relate_near(half, sums):
         """Adds a half's share of the relations within blocks of 32 tokens, from and to the block's middle.
 
-        q and k are normalised already. Above the diagonal there may be infinities.
+        Above the diagonal there may be infinities.
         """
-        d = rowwise.gather(G_of(half), line, HALF) - rowwise.gather(G_of(half), (line & -NEAR) + 15, HALF)
+        middle = rowwise.gather(G_of(half), (line & -NEAR) + 15, HALF, together=True)
+        d = rowwise.gather(G_of(half), line, HALF) - middle
         up = jnp.exp2(d)
         k = load(k_tile[half]) * rows(n, square)
         stored = cut(k * jnp.exp2(-d))
-        plgpu.commit_smem()  # all warps are done with what lay there
+        if sums is not None:
+            tiles.meet()  # all warps are done with what lay there
         for term, to in zip(stored, near_tile, strict=True):
             to[...] = term
         plgpu.commit_smem()
@@ -261,9 +267,27 @@ def _body(
             return tiles.products(CHUNK, *products)
         return tiles.add_products(*zip(sums, products, strict=True))
 
-    def normalised(sums):
-        n_column = columns(plgpu.load(norm_tile, layout=COLUMN), square)
-        return [x * (rows(norm, square) * n_column) for x, norm in zip(sums, (n, m), strict=True)]
+    def relate_far():
+        """Relations of the chunk's second half to its first, [64, 32]; the other rows mean nothing."""
+        tiles.meet()  # all warps are done with what lay there; and nothing of here begins before, and spills
+        factors = []
+        for half in range(halves):
+            border = plgpu.load(G_tile.at[NEAR - 1, pl.ds(half * HALF, HALF)], layout=COLUMN)
+            later = rows(jnp.where(line < NEAR, -1.0, 1.0), square)  # else it is the border that is later
+            d = rowwise.gather(G_of(half), line, HALF) * later - columns(border, square) * later
+            factors.append(jnp.exp2(d).astype(jnp.float16))
+        kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
+        for half in range(halves):
+            x_tile[half][...] = kf[half]
+        plgpu.commit_smem()
+        first = [x_tile[half].at[pl.ds(0, NEAR)].transpose((1, 0)) for half in range(halves)]
+        qf = [lambda i=half: plgpu.load(q_tile[i], layout=L) * factors[i] for half in range(halves)]
+        return tiles.products(NEAR, list(zip(x_tile, first, strict=True)), list(zip(qf, first, strict=True)))
+
+    def normalised(sums, first=CHUNK):
+        n_column = plgpu.load(norm_tile.at[pl.ds(0, first)], layout=COLUMN)
+        n_column = columns(n_column, (CHUNK, first))
+        return [x * (rows(norm, x.shape) * n_column) for x, norm in zip(sums, (n, m), strict=True)]
 
     def add_level(s, related):
         return tuple(
@@ -271,15 +295,11 @@ def _body(
             for new, old in zip(relate(s), related, strict=True)
         )
 
-    def add_far(s, near):
-        return tuple(jnp.where(meet < NEAR, a, b) for a, b in zip(near, normalised(relate(s)), strict=True))
-
     def merged():
         near = relate_near(0, None)
         for half in range(1, halves):
             near = relate_near(half, near)
-        # A loop of one turn whose level the compiler does not know: if it did, it would spill.
-        return tuple(lax.fori_loop(5 + zero_tile[0], 6, add_far, tuple(near)))
+        return tuple(rowwise.corner(a, b) for a, b in zip(near, normalised(relate_far(), NEAR), strict=True))
 
     def by_levels():
         nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
@@ -291,8 +311,8 @@ def _body(
         kk, qk = merged()
     else:  # a reset decays by more than such factors can hold
         kk, qk = lax.cond(plain_ref[b, h, c] != 0, merged, by_levels)
-    qk = jnp.where(row == column, rows(total(own_sums) * n * m, square), qk)
-    plgpu.commit_smem()
+    qk = jnp.where(row == column, rows(plgpu.load(own_tile, layout=ROW), square), qk)
+    tiles.meet()
     x_tile[-1][...] = jnp.where(column <= row, qk, 0.0).astype(jnp.float16)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_tile[-1], p_ref.at[b, h, c])
@@ -301,15 +321,14 @@ def _body(
     a = jnp.where(column < row, kk, 0.0)
     relation_tile[...] = a.astype(jnp.float16)
     x = unit_lower_inverse(a * rows(beta, square), y_tile, x_tile[0])
-    plgpu.commit_smem()
+    tiles.meet()
     x_tile[0][...] = x.astype(jnp.float16)
     plgpu.commit_smem()
     solve = tiles.product(CHUNK, (relation_tile, x_tile[0]))
+    y_tile[...] = jnp.where(column < row, -solve, 0.0).astype(jnp.float16)  # read before x was stored
     plgpu.commit_smem()
-    x_tile[0][...] = jnp.where(column < row, -solve, 0.0).astype(jnp.float16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(x_tile[0], solve_ref.at[b, h, c])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.copy_smem_to_gmem(y_tile, solve_ref.at[b, h, c])
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # for p
 
     # The operands of the walk: decays from the chunk's start and to its end.
     for half in range(halves):
@@ -317,11 +336,12 @@ def _body(
         G = rowwise.gather(G_of(half), line, HALF)
         end = plgpu.load(G_tile.at[CHUNK - 1, channels], layout=COLUMN)
         decay_tile[half] = jnp.exp2(end)
-        decay, left = jnp.exp2(G), jnp.exp2(columns(end, square) - G)
+        decay, left = jnp.exp2(G).astype(jnp.float16), jnp.exp2(columns(end, square) - G).astype(jnp.float16)
         q, k = plgpu.load(q_tile[half], layout=L), plgpu.load(k_tile[half], layout=L)
-        q_tile[half][...] = q * (rows(m, square) * decay).astype(jnp.float16)
-        k_tile[half][...] = k * (rows(n, square) * left).astype(jnp.float16)
-        x_tile[half][...] = k * (rows(n, square) * decay).astype(jnp.float16)
+        m_16, n_16 = (rows(norm, square).astype(jnp.float16) for norm in (m, n))
+        q_tile[half][...] = q * (m_16 * decay)
+        k_tile[half][...] = k * (n_16 * left)
+        x_tile[half][...] = k * (n_16 * decay)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_tile[half], queries_ref.at[b, h, c, :, channels])
         plgpu.copy_smem_to_gmem(x_tile[half], reads_ref.at[b, h, c, :, channels])

@@ -266,7 +266,9 @@ def plan(v: jax.Array, K: int, *, channel: bool, spans: jax.Array | None = None)
     if spans is not None:
         B *= spans.shape[1]
     stages = 2 if channel or K > SIDE else 3  # as many as shared memory holds
-    if V % 128 == 0 and K <= SIDE and B * HV >= MULTIPROCESSORS:
+    # One block fits on a multiprocessor: with more blocks than those of one warpgroup would be a second wave.
+    wide = B * HV * (V // 64) > MULTIPROCESSORS if K > 64 else B * HV >= MULTIPROCESSORS
+    if V % 128 == 0 and K <= SIDE and wide:
         return Plan(warpgroups=2, stages=stages)
     # With few heads: as many runs of a sequence as have a multiprocessor each, if that makes the second pass
     # over the chunks worth while.

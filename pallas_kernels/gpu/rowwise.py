@@ -6,18 +6,19 @@ import numpy as np
 from jax.experimental.mosaic.gpu import FragmentedArray, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, math, nvvm, vector
 
 from pallas_kernels.gpu.tiles import ROW, L
 
 
-def gather(ref, index: jax.Array, n: int) -> jax.Array:
+def gather(ref, index: jax.Array, n: int, together: bool = False) -> jax.Array:
     """``ref[index[r], :]`` as row r.
 
     Args:
       ref: [R, n] float32, plain shared memory; rows of 32 i + 8 words avoid bank conflicts.
       index: [64] int32 in registers.
       n: number of columns, a multiple of 8.
+      together: the promise that rows r and r + 8 of every 16 have the same index: half of the loads.
 
     Returns:
       [64, n] float32.
@@ -33,7 +34,10 @@ def gather(ref, index: jax.Array, n: int) -> jax.Array:
         layout = L.to_mgpu()
         registers = np.empty(layout.registers_shape((64, n)), dtype=object)
         for at, row, column in _places(registers.shape, index):
-            registers[at] = vector.load(pair, ref, [row, column])
+            if together and at[4]:
+                registers[at] = registers[*at[:4], 0, *at[5:]]
+            else:
+                registers[at] = vector.load(pair, ref, [row, column])
         return FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return load(ref, index)
@@ -49,6 +53,106 @@ def scatter(ref, index: jax.Array, x: jax.Array) -> None:
             vector.store(x.registers[at], ref, [row, column])
 
     store(ref, index, x)
+
+
+def corner(near: jax.Array, far: jax.Array) -> jax.Array:
+    """near [64, 64] with its lower left 32 x 32 taken from far [64, 32]."""
+
+    @plgpu.inline_mgpu(arg_types=(L, L), return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=L))
+    def join(ctx, near, far):
+        del ctx
+        lower = _bit(utils.thread_idx(), 64)
+        registers = near.registers.copy()
+        for at in np.ndindex(far.registers.shape):
+            registers[at] = arith.select(lower, far.registers[at], registers[at])
+        return FragmentedArray(_registers=registers, _layout=near.layout, _is_signed=None)
+
+    return join(near, far)
+
+
+def diagonal_inverse(a: jax.Array) -> jax.Array:
+    """Inverse of I + A for the blocks of 16 on the diagonal of a strictly lower triangular A, else 0.
+
+    A block belongs to a warp: rows are eliminated one after the other, by shuffles, in float32.
+
+    Args:
+      a: [64, 64] float32, zero on and above the diagonal.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(L,), return_type=plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=L))
+    def invert(ctx, a):
+        del ctx
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        pair = ir.VectorType.get((2,), f32)
+
+        def c(value):
+            return utils.c(value, i32)
+
+        def from_lane(x, lane):
+            return utils.bitcast(
+                nvvm.shfl_sync(c(0xFFFFFFFF), utils.bitcast(x, i32), lane, c(31), nvvm.ShflKind.idx), f32
+            )
+
+        def numbers(register):
+            return [vector.extract(register, [], ir.DenseI64ArrayAttr.get([i])) for i in range(2)]
+
+        thread = utils.thread_idx()
+        warp, lane = arith.andi(arith.shrui(thread, c(5)), c(3)), arith.andi(thread, c(31))
+        own_warp = [arith.cmpi(arith.CmpIPredicate.eq, warp, c(w)) for w in range(4)]
+        first, place = arith.andi(lane, c(28)), arith.andi(lane, c(3))
+
+        def at(column, high):  # where column block and upper or lower 8 rows are among registers
+            return (0, column, 0, 0, high, *[0] * (a.registers.ndim - 5))
+
+        # The block's parts of 8 x 8: upper left and right (zero), lower left and right.
+        part = {}
+        for high in range(2):
+            for side in range(2):
+                x = a.registers[at(side, high)]
+                for w in range(1, 4):
+                    x = arith.select(own_warp[w], a.registers[at(2 * w + side, high)], x)
+                part[high, side] = x
+        A = {key: numbers(x) for key, x in part.items()}
+        minus = {key: [arith.negf(v) for v in A[key]] for key in ((0, 0), (1, 0), (1, 1))}
+
+        def unit(i):  # the identity, whose column 2 place + i this is
+            here = arith.cmpi(arith.CmpIPredicate.eq, arith.shrui(lane, c(2)), _add(_twice(place), i))
+            return arith.select(here, utils.c(1.0, f32), utils.c(0.0, f32))
+
+        upper, right = [unit(0), unit(1)], [unit(0), unit(1)]
+        lower = [utils.c(0.0, f32)] * 2
+
+        def eliminate(x, factor, row):
+            return [math.fma(factor, r, v) for r, v in zip(row, x, strict=True)]
+
+        for i in range(8):
+            source = arith.ori(first, c(i // 2))
+            holds = arith.ori(place, c(4 * i))
+            known = [from_lane(v, holds) for v in upper]
+            if i < 7:
+                upper = eliminate(upper, from_lane(minus[0, 0][i % 2], source), known)
+            lower = eliminate(lower, from_lane(minus[1, 0][i % 2], source), known)
+        for i in range(7):
+            source = arith.ori(first, c(i // 2))
+            holds = arith.ori(place, c(4 * i))
+            factor = from_lane(minus[1, 1][i % 2], source)
+            lower = eliminate(lower, factor, [from_lane(v, holds) for v in lower])
+            right = eliminate(right, factor, [from_lane(v, holds) for v in right])
+
+        def joined(values):
+            return vector.from_elements(pair, values)
+
+        inverse = {(0, 0): joined(upper), (0, 1): part[0, 1], (1, 0): joined(lower), (1, 1): joined(right)}
+        nothing = joined([utils.c(0.0, f32)] * 2)
+        registers = a.registers.copy()
+        for column in range(8):
+            for high in range(2):
+                registers[at(column, high)] = arith.select(
+                    own_warp[column // 2], inverse[high, column % 2], nothing
+                )
+        return FragmentedArray(_registers=registers, _layout=a.layout, _is_signed=None)
+
+    return invert(a)
 
 
 def keep_level(x: jax.Array, s: int) -> jax.Array:
@@ -76,9 +180,12 @@ def keep_level(x: jax.Array, s: int) -> jax.Array:
         registers = x.registers.copy()
         nothing = utils.c(0, i32)
         for at in np.ndindex(registers.shape):
-            column = arith.addi(first, utils.c(8 * at[1], i32))
-            row = arith.addi(line, utils.c(8 * at[4], i32))
-            meet = arith.shrui(arith.xori(row, column), utils.c(s, i32))
+            if s < 4:
+                column = arith.addi(first, utils.c(8 * at[1], i32))
+                row = arith.addi(line, utils.c(8 * at[4], i32))
+                meet = arith.shrui(arith.xori(row, column), utils.c(s, i32))
+            else:  # whole warps have the same answer
+                meet = arith.xori(arith.shrui(thread, utils.c(s + 1, i32)), utils.c(at[1] >> (s - 3), i32))
             here = arith.cmpi(arith.CmpIPredicate.eq, meet, utils.c(1, i32))
             bits = arith.select(here, utils.bitcast(registers[at], i32), nothing)
             registers[at] = utils.bitcast(bits, registers[at].type)
@@ -150,6 +257,20 @@ def pick_level(xs: list[jax.Array], level: jax.Array) -> tuple[jax.Array, ...]:
         )
 
     return pick(level, *xs)
+
+
+def _bit(x, mask: int):
+    i32 = ir.IntegerType.get_signless(32)
+    masked = arith.andi(x, utils.c(mask, i32))
+    return arith.cmpi(arith.CmpIPredicate.ne, masked, utils.c(0, i32))
+
+
+def _twice(x):
+    return arith.addi(x, x)
+
+
+def _add(x, value: int):
+    return arith.addi(x, utils.c(value, ir.IntegerType.get_signless(32)))
 
 
 def _places(shape: tuple[int, ...], index):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64  # tokens a chunk: one warpgroup's rows in a wgmma
@@ -42,6 +43,17 @@ def columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def iota(axis: int) -> jax.Array:
     """[64, 64] row (axis 0) or column (axis 1) numbers."""
     return plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=L)
+
+
+def meet() -> None:
+    """Waits for the warpgroup's other warps: `commit_smem` where no product or copy reads what was stored."""
+
+    @plgpu.inline_mgpu()
+    def wait(ctx):
+        del ctx
+        utils.warpgroup_barrier()
+
+    wait()
 
 
 def split(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
