@@ -29,8 +29,8 @@ class Experts(nnx.Module):
     backward pass keeps the inputs only and makes the two middle products again, for the sorted rows are as
     many times larger as there are choices.
 
-    With `implementation="pallas"` kernels multiply, on Hopper GPUs only: bfloat16 or float16, and widths that
-    are multiples of 128. They have not run on a card yet, so nothing takes them unasked.
+    On Hopper GPUs kernels multiply more rows than experts, of bfloat16 or float16 and widths that are
+    multiples of 128; XLA's `ragged_dot` there makes room for every row with every expert.
 
     Under `shard_ops` with `experts`, a device has its own experts only. It gathers the tokens (and choices)
     of the devices it shares that axis with, adds up what its experts return for each, and the sums go back to
@@ -45,7 +45,8 @@ class Experts(nnx.Module):
       initializer_range: standard deviation of the kernels.
       dtype: compute dtype; weighted sums are in float32.
       param_dtype: dtype of the kernels, stacked: gate_proj and up_proj [E, D, F], down_proj [E, F, D].
-      implementation: "pallas" for the kernels, or None.
+      implementation: "pallas" for the kernels, whatever the number of rows, or an error; None for the choice
+        above.
       rngs: parameter randomness.
 
     Raises:
@@ -232,24 +233,26 @@ def _backward(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _by_platform(half: str, implementation: str | None, x: Array, choice: Array, *args: Any) -> Any:
-    """A half of the derivative, with the platform's kernels if they are asked for."""
+    """A half of the derivative, with the platform's kernels where asked for or better."""
     compute = _products if half == "forward" else _gradients
-    if implementation is None:
-        return compute(Rows, x, choice, *args)
-    reason = expert_rows.blocks_unsupported(x, width=args[1][0].shape[2])
+    experts, _, width = args[1][0].shape
+    asked = implementation == "pallas"
+    reason = expert_rows.blocks_unsupported(x, width)
+    if not asked and choice.size <= experts:
+        reason = "few rows"  # a copy of a matrix each: see `Rows.times`
     reasons = dict.fromkeys(expert_rows.KERNEL_ROWS, reason)
-    platforms = supporting(reasons, asked=True, what="layer of experts")
+    platforms = supporting(reasons, asked=asked, what="layer of experts")
 
     def branch(kind, x, *args):
         leaves, tree = jax.tree.flatten(compute(kind, x, *args))
         # Inside a shard_map all branches' results vary as the arguments do.
         return jax.tree.unflatten(tree, vary_alike(*leaves, *jax.tree.leaves((x, args)))[: len(leaves)])
 
-    def refused(x, *args):
-        return branch(Rows, refuse(x, platforms, "layer of experts"), *args)
+    def without(x, *args):
+        return branch(Rows, refuse(x, platforms, "layer of experts") if asked else x, *args)
 
     kernels = {p: partial(branch, expert_rows.KERNEL_ROWS[p]) for p in platforms}
-    return jax.lax.platform_dependent(x, choice, *args, default=refused, **kernels)
+    return jax.lax.platform_dependent(x, choice, *args, default=without, **kernels)
 
 
 def _products(kind, x, choice, weight, kernels, first) -> Float[Array, "B T D"]:

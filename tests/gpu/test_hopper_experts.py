@@ -94,9 +94,20 @@ def test_it_lowers_for_cuda_on_a_mesh_with_a_kernel_for_every_product():
     assert "ragged_dot" not in text
 
 
-def test_nothing_takes_the_kernels_unasked():
-    text = lowered(layer_of(None), sharded=False)
+def test_they_are_the_default_where_they_support_the_layer():
+    text = lowered(layer_of(None), sharded=True)
+    assert "grouped_product" in text and "ragged_dot" not in text
+    text = lowered(layer_of(None, dtype=jnp.float32), sharded=False)
     assert "grouped_" not in text and "ragged_dot" in text
+
+
+def test_few_rows_take_no_kernels_unasked():
+    graph, state = nnx.split(layer_of(None))
+    x, choice, weight = (
+        jax.ShapeDtypeStruct((4, 1, n), t) for n, t in ((D, jnp.bfloat16), (2, jnp.int32), (2, jnp.float32))
+    )
+    traced = jax.jit(lambda *args: nnx.merge(graph, state)(*args)).trace(x, choice, weight)
+    assert "grouped_" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("tiling", (grouped.Tiling(1, 3), grouped.Tiling(2, 2)))
