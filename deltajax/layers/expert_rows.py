@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
     def times(self, x: Float[Array, "M n"], kernel: Float[Array, "E n m"]) -> Float[Array, "M m"]:
         """Each row by its expert's matrix; zeros for rows without an expert."""
-        if x.shape[0] <= kernel.shape[0]:  # as in decoding: fewer matrices are read than there are experts
+        if few(x.shape[0], kernel.shape[0]):
             y = jnp.einsum("rn,rnm->rm", x, jnp.take(kernel, self.expert, axis=0, mode="clip"))
         else:
             y = jax.lax.ragged_dot(x, kernel, self.sizes)
@@ -96,6 +96,11 @@ class Blocks(NamedTuple):
     @property
     def _used(self) -> Int[Array, "1"]:
         return (self.first[-1:] + self.blocks[-1:]).astype(jnp.int32)
+
+
+def few(rows: int, experts: int) -> bool:
+    """Whether rows are multiplied by a copy each of a matrix, as in decoding: fewer than all are read."""
+    return rows <= experts
 
 
 def take(rows: Rows | Blocks, x: Float[Array, "B T D"], choices: int) -> Float[Array, "M D"]:

@@ -238,8 +238,8 @@ def _by_platform(half: str, implementation: str | None, x: Array, choice: Array,
     experts, _, width = args[1][0].shape
     asked = implementation == "pallas"
     reason = expert_rows.blocks_unsupported(x, width)
-    if not asked and choice.size <= experts:
-        reason = "few rows"  # a copy of a matrix each: see `Rows.times`
+    if not asked and expert_rows.few(choice.size, experts):
+        reason = "few rows"
     reasons = dict.fromkeys(expert_rows.KERNEL_ROWS, reason)
     platforms = supporting(reasons, asked=asked, what="layer of experts")
 

@@ -1,7 +1,9 @@
-"""Reading a `config.json`, whose fields have several names, and values that we may not compute."""
+"""Fields of a `config.json`: read by their several names, refused where we may not compute, written alike."""
 
 from collections.abc import Mapping
 from typing import Any, NoReturn
+
+from deltajax.models.config import ModelConfig
 
 
 class Fields:
@@ -67,3 +69,21 @@ def shortest(pattern: list[str]) -> tuple[str, ...]:
     n = len(pattern)
     size = next(s for s in range(1, n + 1) if all(pattern[i] == pattern[i % s] for i in range(n)))
     return tuple(pattern[:size])
+
+
+def hybrid_fields(config: ModelConfig) -> dict[str, Any]:
+    """Their fields of Gated DeltaNet and softmax attention in turns, from ours."""
+    names = {"gated_delta_net": "linear_attention", "full_attention": "full_attention"}
+    return dict(
+        hidden_act="silu",
+        layer_types=[names[kind] for kind in config.layers],
+        linear_num_key_heads=config.num_heads,
+        linear_num_value_heads=config.value_heads,
+        linear_key_head_dim=config.head_dim,
+        linear_value_head_dim=config.value_dim,
+        linear_conv_kernel_dim=config.conv_size,
+        num_attention_heads=config.attention_heads,
+        num_key_value_heads=config.attention_kv_heads,
+        attention_bias=False,
+        rms_norm_eps=config.norm_eps,
+    )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from deltajax.models.config import ModelConfig
-from deltajax.models.huggingface.fields import Fields, kinds_of
+from deltajax.models.huggingface.fields import Fields, hybrid_fields, kinds_of
 
 _DELTA_NORM_EPS = 1e-5  # whatever rms_norm_eps says
 
@@ -46,20 +46,9 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
 
 def write(config: ModelConfig, model_type: str) -> dict[str, Any]:
     """Their fields from ours."""
-    names = {"gated_delta_net": "linear_attention", "full_attention": "full_attention"}
     return dict(
         architectures=["OlmoHybridForCausalLM"],
-        hidden_act="silu",
-        layer_types=[names[kind] for kind in config.layers],
-        linear_num_key_heads=config.num_heads,
-        linear_num_value_heads=config.value_heads,
-        linear_key_head_dim=config.head_dim,
-        linear_value_head_dim=config.value_dim,
-        linear_conv_kernel_dim=config.conv_size,
+        **hybrid_fields(config),
         linear_allow_neg_eigval=config.allow_neg_eigval,
-        num_attention_heads=config.attention_heads,
-        num_key_value_heads=config.attention_kv_heads,
-        attention_bias=False,
         rope_parameters=dict(rope_type="default", rope_theta=config.rope_theta),
-        rms_norm_eps=config.norm_eps,
     )

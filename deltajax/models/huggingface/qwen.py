@@ -3,7 +3,7 @@
 from typing import Any
 
 from deltajax.models.config import ModelConfig
-from deltajax.models.huggingface.fields import Fields, kinds_of, whole
+from deltajax.models.huggingface.fields import Fields, hybrid_fields, kinds_of, whole
 
 
 def read(c: Fields, model_type: str) -> dict[str, Any]:
@@ -63,22 +63,11 @@ def _read_experts(c: Fields) -> dict[str, Any]:
 
 def write(config: ModelConfig, model_type: str) -> dict[str, Any]:
     """Their fields from ours."""
-    names = {"gated_delta_net": "linear_attention", "full_attention": "full_attention"}
     experts = model_type == "qwen3_next"
     return dict(
         architectures=["Qwen3NextForCausalLM" if experts else "Qwen3_5ForCausalLM"],
-        hidden_act="silu",
-        layer_types=[names[kind] for kind in config.layers],
-        linear_num_key_heads=config.num_heads,
-        linear_num_value_heads=config.value_heads,
-        linear_key_head_dim=config.head_dim,
-        linear_value_head_dim=config.value_dim,
-        linear_conv_kernel_dim=config.conv_size,
-        num_attention_heads=config.attention_heads,
-        num_key_value_heads=config.attention_kv_heads,
+        **hybrid_fields(config),
         head_dim=config.attention_head_dim,
-        attention_bias=False,
-        rms_norm_eps=config.norm_eps,
         **(_write_experts(config) if experts else _write_rotary(config)),
     )
 
