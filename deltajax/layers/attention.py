@@ -8,8 +8,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from deltajax.layers.attention_blocks import Source
 from deltajax.layers.attention_cache import AttentionCache, NewTokens, layout_after
-from deltajax.layers.blockwise import attend
+from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
 from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
@@ -23,18 +24,18 @@ class Attention(nnx.Module):
     """`softmax(q k^T / sqrt(K)) v` over the tokens before, within one segment; projections without bias.
 
     Token t sees tokens s <= t of its own segment, and only t - s < window_size where a window is set.
-    Rotary positions restart with every segment. `jax.nn.dot_product_attention` computes it. With `qk_norm`,
-    each head's queries and keys pass an RMSNorm before they are rotated; with `output_gate`, q_proj makes
-    [query | gate] for each head, and what a head returns is multiplied by sigmoid(gate) before o_proj.
+    Rotary positions restart with every segment. With `qk_norm`, each head's queries and keys pass an RMSNorm
+    before they are rotated; with `output_gate`, q_proj makes [query | gate] for each head, and what a head
+    returns is multiplied by sigmoid(gate) before o_proj.
 
     Where `shard_ops` spreads a row's tokens over devices, each gathers the keys and values of all of them, or
     receives as many as its window reaches.
 
-    Memory: on the XLA path, full attention holds T x T logits per head, in the forward and the backward
-    pass. With a window, a call without a cache holds at most T x 2 window_size. A call with a cache holds
-    the logits of all its tokens with each other and with every slot where these are few, else it goes block
-    by block, in bounded memory (`layers.blockwise`; no gradient). One token a row reads the cache where it
-    lies (`layers.single_query`), whatever the `implementation`.
+    Memory: where a device's logits are few (at most `layers.blockwise.MAX_LOGITS`, 1 GiB in float32) all are
+    held at once, by `jax.nn.dot_product_attention`: of T tokens with each other, at most T x 2 window_size
+    with a window, and with every slot of a cache. Else attention goes block by block, in bounded memory,
+    forward and backward (`layers.blockwise`), but for `implementation="cudnn"` in a call without a cache. One
+    token a row reads the cache where it lies (`layers.single_query`), whatever the `implementation`.
 
     Args:
       hidden_size: width D.
@@ -222,22 +223,29 @@ class Attention(nnx.Module):
         q, k = self._rotate(q, k, own)
         # cuDNN's kernel holds no logits for a plain window, and skips what lies outside.
         kernel = self.implementation == "cudnn" and not packed and axis_name is None
-        if window is None or kernel or -(-T // window) <= 2:
-            if axis_name is None:
-                return self._attend(q, k, v, self._mask(own, own) if packed else None)
-            if window is None:
+        span = T if window is None or kernel else window  # by blocks of as many tokens where there are more
+        elsewhere = 0 if axis_name is None else T * (jax.lax.axis_size(axis_name) - 1)
+        reach = elsewhere if window is None else min(window - 1, elsewhere)
+        many = self.implementation != "cudnn" and many_logits(q, T + reach if 2 * span >= T else 2 * span)
+        if many or 2 * span >= T:
+            keys = own
+            if axis_name is not None and window is None:
                 k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
-                return self._attend(q, k, v, self._mask(own, whole))
-            reach = min(window - 1, T * (jax.lax.axis_size(axis_name) - 1))
-            k, v, keys = jax.tree.map(lambda a: _after(left_halo(a, reach, axis_name), a), (k, v, own))
-            return self._attend(q, k, v, self._mask(own, keys))
+                keys = whole
+            elif axis_name is not None:
+                k, v, keys = jax.tree.map(lambda a: _after(left_halo(a, reach, axis_name), a), (k, v, own))
+            if many:
+                sources, scale = [Source((k, v), keys)], self.head_dim**-0.5
+                return blockwise_attention(q, own, sources, _as_given, window=window, scale=scale)
+            plain = axis_name is None and not packed
+            return self._attend(q, k, v, None if plain else self._mask(own, keys))
 
         def with_previous(x: Array) -> Array:  # every block after the one before it, zeros (padding) at first
-            before = jnp.zeros_like(x[:, :window]) if axis_name is None else left_halo(x, window, axis_name)
-            x = _blocks(_after(before, x), window)
+            before = jnp.zeros_like(x[:, :span]) if axis_name is None else left_halo(x, span, axis_name)
+            x = _blocks(_after(before, x), span)
             return _after(x[:, :-1], x[:, 1:], axis=2)
 
-        q, queries = jax.tree.map(lambda a: _fold(_blocks(a, window)), (q, own))
+        q, queries = jax.tree.map(lambda a: _fold(_blocks(a, span)), (q, own))
         k, v, keys = jax.tree.map(lambda a: _fold(with_previous(a)), (k, v, own))
         o = self._attend(q, k, v, self._mask(queries, keys))
         return o.reshape(B, -1, *o.shape[2:])[:, :T]
@@ -266,6 +274,10 @@ def _blocks(x: Array, size: int) -> Array:
     """[B, T, ...] as [B, N, size, ...]; zeros (in a layout: padding) fill the last block."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+def _as_given(key: Array, value: Array) -> tuple[Array, Array]:
+    return key, value
 
 
 def _after(before: Array, x: Array, axis: int = 1) -> Array:

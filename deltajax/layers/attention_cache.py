@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from deltajax.layers.blockwise import Source
+from deltajax.layers.attention_blocks import Source
 from deltajax.layers.layout import Layout, layout_of, packed_layout
 
 

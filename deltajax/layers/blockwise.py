@@ -1,35 +1,45 @@
 """Softmax attention over long keys in bounded memory: blocks of queries against blocks of keys.
 
-Plain JAX for inference: the number of key blocks that a query block visits is found at run time, so there is
-no reverse-mode gradient.
+Plain JAX. Running maxima and sums make the softmax (arXiv 1805.02867). For its derivative the output and each
+query's log-sum-exp are kept; the logits are made again (`layers.blockwise_gradient`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
+from deltajax.layers.attention_blocks import (
+    KeysValues,
+    Options,
+    Source,
+    Visits,
+    cut_blocks,
+    join_blocks,
+    key_block,
+    logits_of,
+    product,
+    visible_blocks,
+)
+from deltajax.layers.blockwise_gradient import gradients
 from deltajax.layers.layout import Layout, causal_mask
+from deltajax.ops.dispatch import SAVED
+from deltajax.ops.problem import vary_alike
 
-# Logits (batch * heads * queries * keys) that are held at once: more are made block by block.
+# Logits (batch * heads * queries * keys) of a device that are held at once, 1 GiB in float32: more are made
+# block by block.
 MAX_LOGITS = 2**28
-# The same within a step of the blockwise form.
-STEP_LOGITS = 2**26
-MAX_QUERIES, MIN_KEYS = 2048, 512
 
 
-class Source(NamedTuple):
-    """Keys in the form they are kept in, and where each stands."""
-
-    arrays: tuple[Array, ...]  # each [B, S, ...]
-    layout: Layout  # [B, S]
-
-
-# Keys [B, S, KV, K] and values [B, S, KV, V] of a source's arrays.
-KeysValues = Callable[..., tuple[Array, Array]]
+def many_logits(q: Float[Array, "B T H K"], keys: int) -> bool:
+    """Whether the logits of queries with that many keys each are too many to be held at once."""
+    B, T, H, _ = q.shape
+    return B * T * H * keys > MAX_LOGITS
 
 
 def attend(
@@ -39,6 +49,7 @@ def attend(
     keys_values: KeysValues,
     dense: Callable[[Array, Array, Array, Array], Array],
     *,
+    params: tuple[Array, ...] = (),
     window: int | None = None,
     scale: float,
 ) -> Float[Array, "B T H V"]:
@@ -48,24 +59,23 @@ def attend(
       q: [B, T, H, K].
       queries: where they stand.
       sources: keys of the same rows, side by side.
-      keys_values: makes keys and values of a source's arrays; with fewer heads than H, each serves H / KV.
+      keys_values: makes keys and values of a source's arrays and `params`; with fewer heads than H, each
+        serves H / KV.
       dense: (q, keys, values, mask [B, 1, T, S]) -> [B, T, H, V].
+      params: what else `keys_values` computes from.
       window: tokens seen, the current one included; None for all.
       scale: multiplies the logits.
     """
-    B, T, H, _ = q.shape
-    size = sum(source.layout.run.shape[1] for source in sources)
-    if B * T * H * size > MAX_LOGITS:
-        return blockwise_attention(q, queries, sources, keys_values, window=window, scale=scale)
-    arrays = (jnp.concatenate([x.astype(q.dtype) for x in xs], axis=1) for xs in _columns(sources))
+    if many_logits(q, sum(source.layout.run.shape[1] for source in sources)):
+        return blockwise_attention(
+            q, queries, sources, keys_values, params=params, window=window, scale=scale
+        )
+    columns = zip(*(source.arrays for source in sources), strict=True)
+    arrays = (jnp.concatenate([x.astype(q.dtype) for x in xs], axis=1) for xs in columns)
     keys = sources[0].layout
     for source in sources[1:]:
         keys = keys.then(source.layout)
-    return dense(q, *keys_values(*arrays), causal_mask(queries, keys, window))
-
-
-def _columns(sources: Sequence[Source]) -> Any:
-    return zip(*(source.arrays for source in sources), strict=True)
+    return dense(q, *keys_values(*arrays, *params), causal_mask(queries, keys, window))
 
 
 def blockwise_attention(
@@ -74,100 +84,85 @@ def blockwise_attention(
     sources: Sequence[Source],
     keys_values: KeysValues,
     *,
+    params: tuple[Array, ...] = (),
     window: int | None = None,
     scale: float,
 ) -> Float[Array, "B T H V"]:
     """`attend`, blockwise: a query block visits the key blocks in which it may see something.
 
-    Running maxima and sums make the softmax (arXiv 1805.02867). Padding's output is 0.
+    Padding's output is 0. Differentiable, once, in q, the sources' arrays and `params`; traced arrays that
+    `keys_values` uses must stand in these.
     """
-    B, T, H, _ = q.shape
-    block = min(T, MAX_QUERIES, max(16, STEP_LOGITS // (B * H * MIN_KEYS)))
-    key_block = max(MIN_KEYS, STEP_LOGITS // (B * H * block))
-    q, queries = (jax.tree.map(lambda x: _cut(x, block), x) for x in (q, queries))
-    extents = [_extents(source.layout, min(key_block, source.layout.run.shape[1])) for source in sources]
-
-    def one(args: tuple[Array, Layout]) -> Array:
-        q, queries = args
-        carry: Any = None
-        for source, extent in zip(sources, extents, strict=True):
-            carry = _visit(q, queries, source, extent, carry, keys_values, key_block, window, scale)
-        _, total, o = carry
-        o = o / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # nothing seen: 0
-        return o.transpose(0, 3, 1, 2, 4).reshape(*q.shape[:3], -1).astype(q.dtype)
-
-    o = lax.map(one, (q, queries))  # [NQ, B, block, H, V]
-    return jnp.moveaxis(o, 0, 1).reshape(B, -1, *o.shape[3:])[:, :T]
+    arrays = tuple(source.arrays for source in sources)
+    layouts = (queries, *(source.layout for source in sources))
+    leaves, tree = jax.tree.flatten((q, arrays, params, layouts))
+    q, arrays, params, layouts = jax.tree.unflatten(tree, vary_alike(*leaves))
+    return _attention(q, arrays, params, layouts, Options.of(q, keys_values, window, scale))
 
 
-def _cut(x: Array, size: int) -> Array:
-    """[B, T, ...] as [N, B, size, ...]; zeros (in a layout: padding) fill the last block."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q, arrays, params, layouts: tuple[Layout, ...], options: Options) -> Array:
+    return _forward(q, arrays, params, layouts, options)[0]
 
 
-class _Extents(NamedTuple):
-    """Least and greatest run and position in each block, padding left out."""
-
-    first_run: Int[Array, " N"]
-    last_run: Int[Array, " N"]
-    first: Int[Array, " N"]
-    last: Int[Array, " N"]
-
-    def may_see(self, keys: "_Extents", window: int | None) -> Bool[Array, " N"]:
-        """For one block of queries: the blocks of keys that it need not skip."""
-        seen = (self.first_run <= keys.last_run) & (keys.first_run <= self.last_run)
-        seen = seen & (keys.first <= self.last)
-        return seen if window is None else seen & (keys.last > self.first - window)
+def _attention_fwd(q, arrays, params, layouts, options):
+    # The names let remat policies keep these two, so that the loops over blocks do not run again.
+    o, lse = (checkpoint_name(x, SAVED) for x in _forward(q, arrays, params, layouts, options))
+    return o, (q, arrays, params, layouts, o, lse)
 
 
-def _extents(layout: Layout, size: int) -> _Extents:
-    run, position = (_cut(x, size) for x in layout)  # [N, B, size]
-    real, top = run != 0, jnp.iinfo(jnp.int32).max
-
-    def ends(x: Array) -> tuple[Array, Array]:
-        axes = (1, 2)
-        return jnp.min(jnp.where(real, x, top), axes), jnp.max(jnp.where(real, x, -1), axes)
-
-    return _Extents(*ends(run), *ends(position))
+def _attention_bwd(options, saved, d_o):
+    q, arrays, params, (queries, *keys), o, lse = saved
+    sources = [Source(*pair) for pair in zip(arrays, keys, strict=True)]
+    return *gradients(q, queries, sources, params, options, o, lse, d_o), None
 
 
-def _visit(q, queries, source, extents, carry, keys_values, key_block, window, scale):
-    """The softmax's running maximum and sum [B, KV, G, T] and output [B, KV, G, T, V] after a source."""
-    size = source.layout.run.shape[1]
-    step = min(key_block, size)
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _forward(q, arrays, params, layouts, options: Options) -> tuple[Array, Array]:
+    """o [B, T, H, V] and log-sum-exps [NQ, B, H, query block]."""
+    queries, *keys = layouts
+    sources = [Source(*pair) for pair in zip(arrays, keys, strict=True)]
+    visits = [Visits.of(visible_blocks(queries, layout, options)) for layout in keys]
     B, T, H, K = q.shape
+    _, value = options.shapes(sources[0], params, q.dtype)
+    heads, V = value.shape[2:]
+    size, wide = options.query_block, jnp.promote_types(q.dtype, jnp.float32)
 
-    def block(i: Array) -> tuple[Array, Array, Array]:
-        start = jnp.minimum(i * step, size - step)  # the last block overlaps the one before: masked
-        cut = lambda x: lax.dynamic_slice_in_dim(x, start, step, axis=1)  # noqa: E731
-        key, value = keys_values(*(cut(x).astype(q.dtype) for x in source.arrays))
-        mask = causal_mask(queries, jax.tree.map(cut, source.layout), window)
-        return key, value, mask & (start + jnp.arange(step) >= i * step)
+    def one(args: tuple[Array, Layout, list[Visits]]) -> tuple[Array, Array]:
+        q, queries, visits = args
+        rows = (B, heads, H // heads, size)
+        carry: Any = jnp.full(rows, jnp.finfo(wide).min), jnp.zeros(rows, wide), jnp.zeros((*rows, V), wide)
+        *carry, q = vary_alike(*carry, q)
+        for source, visit in zip(sources, visits, strict=True):
+            carry = _visit(q, queries, source, visit, tuple(carry), params, options)
+        peak, total, o = carry
+        total = jnp.maximum(total, jnp.finfo(wide).tiny)  # nothing seen: o is 0
+        o = (o / total[..., None]).transpose(0, 3, 1, 2, 4)
+        return o.reshape(B, size, H, V).astype(q.dtype), (peak + jnp.log(total)).reshape(B, H, size)
 
-    if carry is None:
-        heads, V = jax.eval_shape(lambda: block(jnp.int32(0))[1]).shape[2:]
-        shape = (B, heads, H // heads, T)
-        lowest = jnp.full(shape, jnp.finfo(jnp.float32).min)
-        carry = (lowest, jnp.zeros(shape), jnp.zeros((*shape, V)))
-    heads = carry[0].shape[1]
-    q = q.reshape(B, T, heads, H // heads, K)
+    blocks = cut_blocks(q.reshape(B, T, heads, H // heads, K), size)
+    o, lse = lax.map(one, (blocks, jax.tree.map(lambda x: cut_blocks(x, size), queries), visits))
+    return join_blocks(o, T), lse
 
-    own = jax.tree.map(lambda x: x[0], _extents(queries, T))
-    visible = own.may_see(extents, window)
-    order = jnp.argsort(~visible, stable=True)
+
+def _visit(q, queries, source, visits: Visits, carry, params, options: Options) -> Any:
+    """The softmax's running maximum and sum [B, N, G, T] and output [B, N, G, T, V] after a source.
+
+    Args:
+      q: a block of queries, [B, T, N, G, K]; the rest belongs to it.
+    """
 
     def body(n, carry):
         peak, total, o = carry
-        key, value, mask = block(order[n])
-        logits = jnp.einsum("btngk,bsnk->bngts", q, key, preferred_element_type=jnp.float32) * scale
-        mask = mask[:, :, None]  # [B, 1, 1, T, S]
+        block, _ = key_block(source, options.key_step(source.layout), visits.order[n])
+        key, value = options.make(block, params, q.dtype)
+        logits, mask = logits_of(q, key, options.scale), options.mask(queries, block.layout)
         new = jnp.maximum(peak, jnp.max(jnp.where(mask, logits, peak[..., None]), axis=-1))
         p = jnp.where(mask, jnp.exp(logits - new[..., None]), 0)
         kept = jnp.exp(peak - new)
-        weighed = jnp.einsum(
-            "bngts,bsnv->bngtv", p.astype(value.dtype), value, preferred_element_type=jnp.float32
-        )
+        weighed = product("bngts,bsnv->bngtv", p.astype(value.dtype), value)
         return new, total * kept + jnp.sum(p, axis=-1), o * kept[..., None] + weighed
 
-    return lax.fori_loop(0, jnp.sum(visible), body, carry)
+    return lax.fori_loop(0, visits.visible, body, carry)

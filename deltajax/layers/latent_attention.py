@@ -9,8 +9,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from deltajax.layers.attention_blocks import Source
 from deltajax.layers.attention_cache import LatentCache, NewTokens, held, layout_after
-from deltajax.layers.blockwise import Source, attend
+from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
 from deltajax.layers.latent_decode import attend_held
 from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
@@ -37,9 +38,9 @@ class LatentAttention(nnx.Module):
     Where `shard_ops` spreads a row's tokens over devices, each gathers the latents of all of them; heads are
     split.
 
-    Memory: attention holds T x T logits per head, in the forward and the backward pass; with a cache, those
-    of T tokens with each other and with every slot where these are few, else it goes block by block, in
-    bounded memory (`layers.blockwise`; no gradient).
+    Memory: attention holds a device's logits of T tokens with each other, and with every slot of a cache,
+    where these are few, else it goes block by block, in bounded memory, and makes keys and values of the
+    latents block by block too, also for the derivative (`layers.blockwise`).
 
     Args:
       hidden_size: width D.
@@ -204,6 +205,9 @@ class LatentAttention(nnx.Module):
         if axis_name is not None:
             latent = jax.lax.all_gather(latent, axis_name, axis=1, tiled=True)
         kernel = vary_like(kernel, q)  # before its cast: gradients are summed in the parameter's dtype
+        if many_logits(q, latent.shape[1]):
+            sources = [Source((latent,), whole)]
+            return blockwise_attention(q, own, sources, self._expand, params=(kernel,), scale=self._scale)
         plain = axis_name is None and segment_ids is None
         return self._softmax(q, *self._expand(latent, kernel), None if plain else causal_mask(own, whole))
 
@@ -222,8 +226,7 @@ class LatentAttention(nnx.Module):
 
     def _attend_expanded(self, q, layout: Layout, sources: list[Source], kernel) -> Float[Array, "B T H V"]:
         """Attention with each head's own keys and values, made of the latents."""
-        expand = lambda latent: self._expand(latent, kernel)  # noqa: E731
-        return attend(q, layout, sources, expand, self._softmax, scale=self._scale)
+        return attend(q, layout, sources, self._expand, self._softmax, params=(kernel,), scale=self._scale)
 
     def _attend_latents(self, q, layout: Layout, sources: list[Source], kernel) -> Float[Array, "B T H V"]:
         """The same with the latents as the one key and value of all heads."""

@@ -36,7 +36,7 @@ def rematerialized(block: Callable[..., Any], remat: str, *, in_loop: bool) -> C
     |---|---|---|
     | none | all that its derivative uses | the norms, the MLP's activation |
     | save_dots | products with parameters, and as below | convolutions, activations, norms |
-    | save_delta_rule | the op's output, what kernels save | all but the op |
+    | save_delta_rule | the op's output, what kernels and blockwise attention save | all but these |
     | full | nothing | everything |
     """
     if remat == "none":

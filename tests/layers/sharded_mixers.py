@@ -1,7 +1,9 @@
 """Run by test_sharded_mixers.py in a process of its own, with 8 CPU devices; with --all, in whole."""
 
+import contextlib
 import re
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +12,22 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deltajax.layers import Attention, GatedDeltaNet, KimiDeltaAttention, LatentAttention, shard_ops
+from deltajax.layers import (
+    Attention,
+    GatedDeltaNet,
+    KimiDeltaAttention,
+    LatentAttention,
+    attention_blocks,
+    blockwise,
+    shard_ops,
+)
 
 B, T, D = 2, 32, 24
 TOLERANCE = 1e-5
 MESHES = {
     "context 8": dict(context=8),  # four tokens a device
     "data 2, context 2, tensor 2": dict(data=2, context=2, tensor=2),
+    "context 4, tensor 2": dict(context=4, tensor=2),
 }
 CASES = {
     "gated_delta_net, 9 taps": lambda **o: GatedDeltaNet(
@@ -98,6 +109,17 @@ def check(name: str, sizes: dict, packed: bool, cached: bool = False) -> list[st
         if not error < TOLERANCE:
             wrong.append(f"{jax.tree_util.keystr(path)} is off by {error:.1e}")
     return wrong
+
+
+def blockwise_check(name: str, sizes: dict) -> list[str]:
+    """What differs where the logits are too many for one device, which then goes block by block."""
+    with contextlib.ExitStack() as stack:
+        limits = dict(STEP_LOGITS=1, MAX_QUERIES=4, MIN_KEYS=3)
+        stack.enter_context(mock.patch.object(blockwise, "MAX_LOGITS", 0))
+        stack.enter_context(mock.patch.multiple(attention_blocks, **limits))
+        visited = stack.enter_context(mock.patch.object(blockwise, "_visit", wraps=blockwise._visit))
+        wrong = check(name, sizes, packed=True)
+    return wrong if visited.called else [*wrong, "no block was visited"]
 
 
 def continued(name: str, sizes: dict) -> list[str]:
@@ -187,6 +209,14 @@ def main() -> int:
         failed += bool(wrong)
         what = f"{name} on {mesh}{', packed' if packed else ''}{', with a cache' if cached else ''}"
         print(f"{'FAILED' if wrong else 'ok'} {what} {'; '.join(wrong)}", flush=True)
+    for name, mesh in (  # after the calls that hold all logits, with whose single device they are compared
+        ("full attention", "context 4, tensor 2"),
+        ("latent attention", "data 2, context 2, tensor 2"),
+        ("window 11", "context 8"),
+    ):
+        wrong = blockwise_check(name, MESHES[mesh])
+        failed += bool(wrong)
+        print(f"{'FAILED' if wrong else 'ok'} {name} on {mesh}, by blocks {'; '.join(wrong)}", flush=True)
     for name in ("kda", "latent attention"):
         wrong = continued(name, MESHES["data 2, context 2, tensor 2"])
         failed += bool(wrong)
