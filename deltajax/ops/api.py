@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int
 
-from deltajax.ops import checks, context, dispatch
+from deltajax.ops import checks, dispatch
 from deltajax.ops.gates import Gate
 from deltajax.ops.problem import GateKind, Inputs, Options
 
@@ -235,9 +235,6 @@ def _run(
         num_segments=num_segments,
         padding_is_zero=bool(padding_is_zero),
         chunk_size=chunk_size,
+        axis_name=axis_name,
     )
-
-    def run(inputs: Inputs, options: Options) -> tuple[Array, Array]:
-        return dispatch.run(inputs, options, implementation)
-
-    return run(inputs, options) if axis_name is None else context.run(run, inputs, options, axis_name)
+    return dispatch.run(inputs, options, implementation)

@@ -1,25 +1,27 @@
 """Context parallelism: one sequence's tokens spread over a mesh axis, inside `jax.shard_map`.
 
-A run of tokens acts on the state entering it as ``S -> M S + N``, and its outputs are ``o = R S + o_0``. Both
-come from one call of the op: M is the state that the recurrence reaches from the identity with values of
-zero, R what it puts out on the way, so values ``[v | 0]`` from the state ``[0 | I]`` give outputs
-``[o_0 | R]`` and the final state ``[N | M]``. One all-gather shares the maps, each device folds those before
-it into the state that enters its tokens, and one product adds what that state contributes. No gate is assumed
-to decay.
+A run of tokens acts on the state entering it as ``S -> M S + N``, and its outputs are ``o = R S + o_0``. One
+all-gather shares the maps, and each device folds those before it into the state that enters its tokens. No
+gate is assumed to decay.
+
+Kernels that make the map of their tokens on the way ask for that state by `enter`, and backwards for the
+gradient of the state that leaves by `leave`. For all others map and response come from one call of the op
+(`forward`, `saving`, `backward`): M is the state that the recurrence reaches from the identity with zeros for
+values, R what it puts out on the way. So values ``[v | 0]`` from the state ``[0 | I]`` give outputs
+``[o_0 | R]`` and the final state ``[N | M]``; one product then adds what the entering state contributes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from deltajax.ops.dispatch import SAVED
-from deltajax.ops.problem import Inputs, Options, initial_state, vary_alike
+from deltajax.ops.problem import Inputs, Options, initial_state, vary_alike, vary_like
 
 Run = Callable[[Inputs, Options], tuple[Array, Array]]
 
@@ -33,40 +35,159 @@ class _Ends(NamedTuple):
     continues: Bool[Array, " B"]  # its first tokens go on from the state that enters it
 
 
-def run(run_local: Run, inputs: Inputs, options: Options, axis_name: str) -> tuple[Array, Array]:
-    """Runs the op on this device's tokens of rows that go on over ``axis_name``.
+def whole_final(final: Array, inputs: Inputs, options: Options) -> Array:
+    """The final state (or states) of the whole rows, the same on all devices.
+
+    Args:
+      final: what the halves return: the state behind this device's tokens, or its segments'.
+      inputs: as the caller passed them: an initial state that is the same on all devices.
+      options: the call's.
+    """
+    name = _name(options)
+    if options.num_segments is None:  # the last device's is everybody's
+        device, devices = lax.axis_index(name), lax.axis_size(name)
+        return lax.psum(jnp.where(device == devices - 1, final, 0), name)
+    assert inputs.segment_ids is not None  # num_segments comes with segment_ids
+    return _final_states(final, inputs.initial_state, inputs.segment_ids, name)
+
+
+def _name(options: Options) -> str:
+    assert options.axis_name is not None
+    return options.axis_name
+
+
+def enter(added: Array, moved: Array, inputs: Inputs, options: Options) -> Float[Array, "B HV K V"]:
+    """The state that enters this device's tokens, which take S to M S + N. Not with `num_segments`.
+
+    Args:
+      added: N [B, HV, K, V].
+      moved: M [B, HV, K, K].
+      inputs, options: the call's.
+    """
+    name = _name(options)
+    ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, name)
+    start = initial_state(inputs, options).astype(added.dtype)
+    moved = _where_continued(moved, ends)
+    maps = lax.all_gather(vary_alike(added, moved, inputs.v)[:2], name)  # [devices, B, HV, K, .]
+    return _where_continued(_fold(start, maps, lax.axis_size(name), lax.axis_index(name)), ends)
+
+
+def leave(
+    added: Array, moved: Array, dfinal: Array, inputs: Inputs, options: Options
+) -> Float[Array, "B HV K V"]:
+    """The gradient of the state that leaves this device's tokens, which take dS to M^T dS + D.
+
+    Args:
+      added: D [B, HV, K, V].
+      moved: M^T [B, HV, K, K].
+      dfinal: the gradient of this device's own final state, [B, HV, K, V].
+      inputs, options: the call's.
+    """
+    name = _name(options)
+    ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, name)
+    added = _where_continued(added + _product(moved, dfinal), ends)
+    moved = _where_continued(moved, ends)
+    maps = lax.all_gather(vary_alike(added, moved, inputs.v)[:2], name)
+    devices = lax.axis_size(name)
+    maps, device = jax.tree.map(lambda x: x[::-1], maps), devices - 1 - lax.axis_index(name)
+    return dfinal + _fold(jnp.zeros_like(dfinal), maps, devices, device)
+
+
+def of_initial_state(gradient: Float[Array, "B HV K V"], options: Options) -> Float[Array, "B HV K V"]:
+    """The initial state's gradient, of that of the state that enters this device's tokens."""
+    return jnp.where(lax.axis_index(_name(options)) == 0, gradient, 0)
+
+
+def _where_continued(x: Array, ends: _Ends | None) -> Array:
+    return x if ends is None else jnp.where(_per_row(ends.continues), x, 0)
+
+
+def forward(run_local: Run, inputs: Inputs, options: Options) -> tuple[Array, Array]:
+    """The op on this device's tokens of rows that go on over ``options.axis_name``.
 
     Args:
       run_local: the op on one device.
       inputs: this device's tokens; ``initial_state`` and the gate's parameters are the same on all devices.
       options: the call's options.
-      axis_name: the mesh axis, its devices in the order of the tokens.
 
     Returns:
-      o of this device's tokens; the final state (or states) of the whole rows, the same on all devices.
+      o of this device's tokens; the state (or the segments' states) behind them, for `whole_final`.
     """
-    start = initial_state(inputs, options)
+    outputs, finals = run_local(extend(inputs, options), _alone(options))
     V = inputs.v.shape[-1]
-    device, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
-    ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, axis_name)
+    return _join(inputs, options, outputs[..., :V], outputs[..., V:], finals)
 
-    unchanged = _identity_map(inputs, start)
-    outputs, finals = run_local(_extended(inputs, start, unchanged, ends, options), options)
-    leaving = finals if options.num_segments is None else _leaving(finals, unchanged, ends)  # [N | M]
-    maps = lax.all_gather((leaving[..., :V], leaving[..., V:]), axis_name)  # [devices, B, HV, K, .]
-    entering = jnp.zeros_like(maps[0][0]) if options.num_segments is not None else start
-    entering = checkpoint_name(_fold(entering, maps, devices, device), SAVED)
 
+def saving(
+    run_local: Callable[[Inputs, Options], tuple[Array, Array, tuple[Array, ...]]],
+    inputs: Inputs,
+    options: Options,
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """`forward`, and what `backward` reads."""
+    outputs, finals, own = run_local(extend(inputs, options), _alone(options))
+    V = inputs.v.shape[-1]
+    response = outputs[..., V:]
+    return *_join(inputs, options, outputs[..., :V], response, finals), (response, finals, *own)
+
+
+def backward(
+    run_back: Callable[..., Inputs],
+    inputs: Inputs,
+    options: Options,
+    do: Array,
+    dfinal: Array,
+    response: Array,
+    finals: Array,
+    *own: Array,
+) -> Inputs:
+    """Gradients of all float inputs of `forward`, None for the others."""
+    floats = inputs._replace(segment_ids=None)
+
+    def of_floats(floats: Inputs) -> Inputs:
+        return extend(_with_ids(floats, inputs), options)._replace(segment_ids=None)
+
+    def join(initial: Array | None, *op: Array) -> tuple[Array, Array]:
+        return _join(inputs._replace(initial_state=initial), options, *op)
+
+    extended, pull_inputs = jax.vjp(of_floats, floats)
+    _, pull = jax.vjp(
+        join, inputs.initial_state, jnp.zeros_like(do), response, finals
+    )  # o is linear in the zeros
+    dinitial, do, dresponse, dfinals = pull((do, dfinal))
+    dextended = run_back(
+        _with_ids(extended, inputs), _alone(options), jnp.concatenate([do, dresponse], axis=-1), dfinals, *own
+    )
+    (found,) = pull_inputs(vary_like(dextended, extended))
+    return found if dinitial is None else found._replace(initial_state=found.initial_state + dinitial)
+
+
+def _with_ids(floats: Inputs, inputs: Inputs) -> Inputs:
+    return floats._replace(segment_ids=inputs.segment_ids)
+
+
+def _alone(options: Options) -> Options:
+    """The options of a device's own call."""
+    return dataclasses.replace(options, axis_name=None)
+
+
+def _join(
+    inputs: Inputs, options: Options, o: Array, response: Float[Array, "B T HV K"], finals: Array
+) -> tuple[Array, Array]:
+    """Outputs and final states of the state that really entered, from those of values [v | 0]."""
+    name, V = _name(options), inputs.v.shape[-1]
+    start = initial_state(inputs, options)
+    ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, name)
+    leaving = finals
+    if options.num_segments is not None:
+        leaving = _leaving(finals, _identity_map(inputs, start), ends)  # [N | M]
+    maps = lax.all_gather((leaving[..., :V], leaving[..., V:]), name)  # [devices, B, HV, K, .]
+    entering = start if options.num_segments is None else jnp.zeros_like(maps[0][0])
+    entering = _fold(entering, maps, lax.axis_size(name), lax.axis_index(name))
     # R is 0 past the first segment, and everywhere if that does not go on from the entering state.
-    response = checkpoint_name(outputs[..., V:], SAVED)  # [B, T, HV, K]
-    o = _add_response(outputs[..., :V], response, entering)
-    if options.num_segments is None:
-        final = finals[..., :V] + _product(finals[..., V:], entering)
-        # The last device's final state is everybody's.
-        return o, lax.psum(jnp.where(device == devices - 1, final, 0), axis_name)
-    assert inputs.segment_ids is not None  # num_segments comes with segment_ids
-    finals = finals[..., :V] + _product(finals[..., V:], entering[:, None])
-    return o, _final_states(finals, start, inputs.segment_ids, axis_name)
+    o = _add_response(o, response, entering)
+    if options.num_segments is not None:
+        entering = entering[:, None]
+    return o, finals[..., :V] + _product(finals[..., V:], entering)
 
 
 def _product(M: Float[Array, "... K K"], S: Float[Array, "... K V"]) -> Float[Array, "... K V"]:
@@ -142,8 +263,11 @@ def _identity_map(inputs: Inputs, start: Array) -> Float[Array, "B HV K V+K"]:
     return jnp.concatenate([jnp.zeros((B, HV, K, V), start.dtype), identity], axis=-1)
 
 
-def _extended(inputs: Inputs, start: Array, entering: Array, ends: _Ends | None, options: Options) -> Inputs:
-    """The inputs with values [v | 0], and ``entering``, [0 | I], for the state that enters this device."""
+def extend(inputs: Inputs, options: Options) -> Inputs:
+    """The inputs with values [v | 0], and [0 | I] for the state that enters this device."""
+    start = initial_state(inputs, options)
+    ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, _name(options))
+    entering = _identity_map(inputs, start)
     K = inputs.q.shape[-1]
     v = jnp.concatenate([inputs.v, jnp.zeros((*inputs.v.shape[:-1], K), inputs.v.dtype)], axis=-1)
     if ends is not None and options.num_segments is None:
@@ -151,7 +275,7 @@ def _extended(inputs: Inputs, start: Array, entering: Array, ends: _Ends | None,
     elif ends is not None:
         states = jnp.concatenate([start, jnp.zeros((*start.shape[:-1], K), start.dtype)], axis=-1)
         entering = _with_first(states, entering, ends)
-    return inputs._replace(v=v, initial_state=entering)
+    return Inputs(*vary_alike(*inputs._replace(v=v, initial_state=entering)))
 
 
 def _leaving(finals: Float[Array, "B N HV K D"], unchanged: Array, ends: _Ends | None) -> Array:
@@ -174,11 +298,11 @@ def _fold(state: Array, maps: tuple[Array, Array], devices: int, device: Array) 
 
 
 def _final_states(
-    finals: Float[Array, "B N HV K V"], start: Array, ids: Int[Array, "B T"], axis_name: str
+    finals: Float[Array, "B N HV K V"], start: Array | None, ids: Int[Array, "B T"], axis_name: str
 ) -> Array:
     """Each segment's final state, from the last device that has a token of it."""
-    present = jnp.any(ids[:, :, None] == jnp.arange(1, start.shape[1] + 1), axis=1)  # [B, N]
+    present = jnp.any(ids[:, :, None] == jnp.arange(1, finals.shape[1] + 1), axis=1)  # [B, N]
     device = lax.axis_index(axis_name)
     owner = lax.pmax(jnp.where(present, device, -1), axis_name)  # [B, N], the same on all devices
-    mine = jnp.where((owner == device)[..., None, None, None], finals, 0)
-    return jnp.where((owner < 0)[..., None, None, None], start, lax.psum(mine, axis_name))
+    final = lax.psum(jnp.where((owner == device)[..., None, None, None], finals, 0), axis_name)
+    return final if start is None else jnp.where((owner < 0)[..., None, None, None], start, final)

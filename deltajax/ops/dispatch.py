@@ -11,7 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from deltajax.ops import chunked, pallas_gpu, pallas_tpu, scan
+from deltajax.ops import chunked, context, pallas_gpu, pallas_tpu, scan
 from deltajax.ops.problem import Inputs, Options, vary_alike
 from deltajax.ops.refusal import refuse, supporting
 
@@ -28,12 +28,15 @@ class Kernel:
       saving: inputs -> (o, final_state, arrays kept for ``backward``), the forward half when it will be
         differentiated; None: ``forward``, keeping nothing. Which platform's branch runs is known only at
         lowering, after the residuals' shapes are fixed, so the other platforms carry unused zeros.
+      spreads: whether the halves take a call whose tokens are spread over a mesh axis; `context` makes such
+        halves of the others.
     """
 
     forward: Callable[[Inputs, Options], tuple[Array, Array]]
     backward: Callable[..., Inputs]
     unsupported: Callable[[Inputs, Options], str | None]
     saving: Callable[[Inputs, Options], tuple[Array, Array, tuple[Array, ...]]] | None = None
+    spreads: Callable[[Options], bool] = lambda options: False
 
 
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of what kernels save for their backward halves: a remat policy
@@ -41,9 +44,18 @@ class Kernel:
 SAVED = "delta_rule_saved"
 # Lowering platform ("tpu", "cuda") -> its Pallas kernels.
 PALLAS: Mapping[str, Kernel] = {
-    "cuda": Kernel(pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.unsupported, pallas_gpu.saving),
+    "cuda": Kernel(
+        pallas_gpu.forward,
+        pallas_gpu.backward,
+        pallas_gpu.unsupported,
+        pallas_gpu.saving,
+        pallas_gpu.spreads,
+    ),
     "tpu": Kernel(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.unsupported, pallas_tpu.saving),
 }
+
+
+CHUNKED = Kernel(chunked.forward, chunked.backward, lambda inputs, options: None)
 
 
 def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[Array, Array]:
@@ -53,9 +65,15 @@ def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[A
       ValueError: unknown implementation.
       NotImplementedError: "pallas", and no kernel supports the call.
     """
-    inputs = Inputs(*vary_alike(*inputs))
+    o, final = _run(Inputs(*vary_alike(*inputs)), options, implementation)
+    return o, final if options.axis_name is None else context.whole_final(final, inputs, options)
+
+
+def _run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[Array, Array]:
     if implementation == "scan":
-        return _scan(inputs, options)
+        return (
+            _scan(inputs, options) if options.axis_name is None else context.forward(_scan, inputs, options)
+        )
     if implementation == "chunked":
         return _op(inputs, options, (), True)
     if implementation not in ("pallas", None):
@@ -63,8 +81,37 @@ def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[A
             f"implementation must be 'pallas', 'chunked', 'scan' or None, got {implementation!r}"
         )
     asked = implementation == "pallas"
-    reasons = {platform: kernel.unsupported(inputs, options) for platform, kernel in PALLAS.items()}
+    reasons = {platform: _unsupported(kernel, inputs, options) for platform, kernel in PALLAS.items()}
     return _op(inputs, options, supporting(reasons, asked=asked, what="call"), not asked)
+
+
+def _unsupported(kernel: Kernel, inputs: Inputs, options: Options) -> str | None:
+    if options.axis_name is not None and not kernel.spreads(options):
+        shapes: Any = jax.eval_shape(lambda inputs: context.extend(inputs, options), inputs)
+        inputs = shapes
+    return kernel.unsupported(inputs, options)
+
+
+def _halves(platform: str | None, options: Options) -> Kernel:
+    """The implementation on a platform (None: the chunked form), of this call's tokens."""
+    kernel = PALLAS[platform] if platform else CHUNKED
+    if options.axis_name is None or kernel.spreads(options):
+        return kernel
+    saves = kernel.saving
+
+    def backward(inputs, options, do, dfinal, *saved):
+        if saves is None:  # nothing is kept of the op's own, so not of this either
+            alone = dataclasses.replace(options, axis_name=None)
+            outputs, finals = kernel.forward(context.extend(inputs, options), alone)
+            saved = (outputs[..., inputs.v.shape[-1] :], finals)
+        return context.backward(kernel.backward, inputs, options, do, dfinal, *saved)
+
+    return Kernel(
+        partial(context.forward, kernel.forward),
+        backward,
+        kernel.unsupported,
+        None if saves is None else partial(context.saving, saves),
+    )
 
 
 _scan = jax.jit(scan.forward, static_argnums=1)
@@ -94,23 +141,23 @@ _op.defvjp(_op_fwd, _op_bwd)
 def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options: Options, inputs, *args):
     kept = {}  # platform -> shapes of what it saves
     if half == "saving":
-        kept = {p: _saved_shapes(PALLAS[p], inputs, options) for p in platforms}
+        kept = {p: _saved_shapes(_halves(p, options), inputs, options) for p in platforms}
 
     def branch(platform: str | None):
-        kernel = PALLAS[platform] if platform else None
+        kernel = _halves(platform, options)
 
         def compute(inputs, *args):
             if half == "forward":
-                return (kernel or chunked).forward(inputs, options)
+                return kernel.forward(inputs, options)
             if half == "backward":
                 *cotangents, saved = args
                 own = saved[platform] if platform else ()
-                return (kernel or chunked).backward(inputs, options, *cotangents, *own)
+                return kernel.backward(inputs, options, *cotangents, *own)
             own = ()
-            if kernel is not None and kernel.saving is not None:
+            if kernel.saving is not None:
                 o, final, own = kernel.saving(inputs, options)
             else:
-                o, final = (kernel or chunked).forward(inputs, options)
+                o, final = kernel.forward(inputs, options)
             zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
             return o, final, {p: own if p == platform else jax.tree.map(zeros, kept[p]) for p in platforms}
 

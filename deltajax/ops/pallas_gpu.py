@@ -1,13 +1,14 @@
 """The Hopper kernels as an implementation of the op: from `Inputs` and `Options` to `pallas_kernels.gpu`."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from deltajax.ops import gates, packing, segments
+from deltajax.ops import context, gates, packing, segments
 from deltajax.ops.problem import Inputs, Options, vary_like
 from pallas_kernels.gpu import delta_rule
 from pallas_kernels.gpu.channel_decay import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
@@ -52,9 +53,41 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
 def _run(inputs: Inputs, options: Options, *, keep: bool) -> tuple[Array, Array, Any]:
     """Outputs, final state and, to ``keep``, what the backward half reads."""
     run: Any = delta_rule.channel_forward if options.gate_kind == "channel" else delta_rule.head_forward
-    common = _common(options) | dict(spans=_spans(inputs, options))
+    common = _common(options) | dict(spans=_spans(inputs, options), enter=_enter(inputs, options))
     o, state, saved = run(*_call(inputs, options), **common, keep=keep)
     return *_cut(o, state, inputs, options), saved
+
+
+def spreads(options: Options) -> bool:
+    """Whether the halves take a call whose tokens are spread over a mesh axis."""
+    return options.num_segments is None
+
+
+def _enter(inputs: Inputs, options: Options) -> Callable[[Array, Array], Array] | None:
+    """`context.enter` for the kernels' transposed and filled up states."""
+    if options.axis_name is None:
+        return None
+    K, V = inputs.q.shape[-1], inputs.v.shape[-1]
+
+    def enter(added: Array, moved: Array) -> Array:
+        state = context.enter(added[..., :V, :K].mT, moved[..., :K, :K].mT, inputs, options)
+        return _transposed(state, *added.shape[-2:])
+
+    return enter
+
+
+def _leave(inputs: Inputs, options: Options, dfinal: Array) -> Callable[[Array, Array], Array] | None:
+    """`context.leave` alike; dfinal as the op's caller has it."""
+    if options.axis_name is None:
+        return None
+    K, V = inputs.q.shape[-1], inputs.v.shape[-1]
+
+    def leave(added: Array, moved: Array) -> Array:
+        own = dfinal.astype(added.dtype)
+        state = context.leave(added[..., :V, :K].mT, moved[..., :K, :K].mT, own, inputs, options)
+        return _transposed(state, *added.shape[-2:])
+
+    return leave
 
 
 def _spans(inputs: Inputs, options: Options) -> Array | None:
@@ -88,7 +121,7 @@ def backward(
     T = beta.shape[1]
     if (layout := _layout(inputs, options)) is not None:
         do = packing.take(do, layout.source)
-    common = _common(options) | dict(spans=_spans(inputs, options))
+    common = _common(options) | dict(spans=_spans(inputs, options), leave=_leave(inputs, options, dfinal))
     do, dfinal = _pad(do, None), _transposed(dfinal, v.shape[-1], q.shape[-1])
     kept, rest = delta_rule.Kept(*saved[:3]), saved[3:]
     ddecay: tuple[Any, ...]
@@ -107,7 +140,12 @@ def backward(
         )
         ddecay = (None if dg is None else dg[:, :T],)
     dcall = (dq, dk, dv, dbeta[:, :T], *ddecay, None if state is None else dstate)
-    return pull(vary_like(dcall, call))[0]
+    found = pull(vary_like(dcall, call))[0]
+    if options.axis_name is None or inputs.initial_state is None:
+        return found
+    initial = inputs.initial_state
+    dstate = context.of_initial_state(dstate[..., : initial.shape[-1], : initial.shape[-2]].mT, options)
+    return found._replace(initial_state=dstate.astype(initial.dtype))
 
 
 def _common(options: Options) -> dict[str, Any]:
@@ -148,7 +186,7 @@ def _call(inputs: Inputs, options: Options) -> tuple[Any, ...]:
             g = jnp.where(reset, MIN_LOG_DECAY, jnp.zeros_like(beta) if g is None else _real(g, ids))
 
     q, k, v = _pad(q, HEAD_SIZES), _pad(k, HEAD_SIZES), _pad(v, None)
-    state = inputs.initial_state
+    state = inputs.initial_state if options.axis_name is None else None  # `_enter` folds it in
     if state is not None:
         state = _transposed(state, v.shape[-1], q.shape[-1])
     if options.gate_kind == "channel":

@@ -37,6 +37,8 @@ class Options:
     num_segments: int | None
     chunk_size: int | None
     padding_is_zero: bool = False
+    axis_name: str | None = None
+    """The mesh axis over which tokens are spread: final states are then those behind this device's tokens."""
 
 
 class Tokens(NamedTuple):

@@ -14,7 +14,7 @@ from pallas_kernels.gpu.channel_gradients import channel_gradients
 from pallas_kernels.gpu.channel_relations import channel_relations
 from pallas_kernels.gpu.gradient_parts import MULTIPROCESSORS, PartInputs
 from pallas_kernels.gpu.head_gradients import head_gradients
-from pallas_kernels.gpu.recurrence import Chunks, Kept, Plan, walk
+from pallas_kernels.gpu.recurrence import Chunks, Enter, Kept, Plan, walk
 from pallas_kernels.gpu.recurrence_back import walk_back
 from pallas_kernels.gpu.relations import head_relations
 from pallas_kernels.gpu.sides import SIDE
@@ -53,6 +53,7 @@ def head_forward(
     scale: float,
     keep: bool = False,
     spans: jax.Array | None = None,
+    enter: Enter | None = None,
 ) -> tuple[jax.Array, jax.Array, Saved | None]:
     """The recurrence without a gate or with a per-head gate.
 
@@ -65,6 +66,7 @@ def head_forward(
       scale: multiplies q.
       keep: whether to return what `head_backward` needs.
       spans: of segments that have states of their own, [B, N, HV, V, K]; see `recurrence.walk`.
+      enter: makes the initial state of what the tokens do to one; see `recurrence.walk`.
 
     Returns:
       o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32, `Saved` or None.
@@ -74,7 +76,7 @@ def head_forward(
     solve, p, factors = head_relations(q, k, tokens, gated=gated, normalize=normalize, scale=scale)
     chunks = Chunks(q, k, None, solve, p, factors, None)
     layout = plan(v, q.shape[-1], channel=False, spans=spans)
-    o, final, kept = walk(chunks, v, state, gated=gated, plan=layout, keep=keep, spans=spans)
+    o, final, kept = walk(chunks, v, state, gated=gated, plan=layout, keep=keep, spans=spans, enter=enter)
     return o, final, None if kept is None else Saved(kept, solve, p, factors)
 
 
@@ -90,6 +92,7 @@ def head_backward(
     normalize: bool,
     scale: float,
     spans: jax.Array | None = None,
+    leave: Enter | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Gradients of `head_forward`'s arguments.
 
@@ -100,6 +103,7 @@ def head_backward(
       saved: of `head_forward`.
       gated: whether there was a log decay.
       spans: as for `head_forward`.
+      leave: makes the gradient of the final state of what the tokens do to one; see `walk_back`.
 
     Returns:
       dq, dk [B, T, H, K], dv [B, T, HV, V] in their dtype; dbeta [B, T, HV] (T as far as chunks go), dg alike
@@ -109,7 +113,7 @@ def head_backward(
     chunks = Chunks(q, k, None, solve, p, factors, None)
     layout = plan(v, q.shape[-1], channel=False, spans=spans)
     dr, dv, dstates, dinitial = walk_back(
-        chunks, do, dfinal, kept.moved, gated=gated, plan=layout, spans=spans
+        chunks, do, dfinal, kept.moved, gated=gated, plan=layout, spans=spans, leave=leave
     )
     values = PartInputs(do.astype(jnp.bfloat16), dr, kept.written, kept.states, dstates)
     dq, dk, dbeta, dG = head_gradients(q, k, factors, values, gated=gated, normalize=normalize, scale=scale)
@@ -155,6 +159,7 @@ def channel_forward(
     scale: float,
     keep: bool = False,
     spans: jax.Array | None = None,
+    enter: Enter | None = None,
 ) -> tuple[jax.Array, jax.Array, ChannelSaved | None]:
     """The recurrence with a per-channel gate.
 
@@ -164,7 +169,7 @@ def channel_forward(
       kind: [B, t, HV] float32, what becomes of each token (`channel_decay.PRESENT`, ...); None: all are
         present.
       keep: whether to return what `channel_backward` needs.
-      spans: as for `head_forward`.
+      spans, enter: as for `head_forward`.
 
     Returns:
       as `head_forward`.
@@ -183,7 +188,7 @@ def channel_forward(
     )
     chunks = Chunks(queries, reads, keys, solve, p, tokens[:, :, :, :1], decay)
     layout = plan(v, q.shape[-1], channel=True, spans=spans)
-    o, final, kept = walk(chunks, v, state, gated=True, plan=layout, keep=keep, spans=spans)
+    o, final, kept = walk(chunks, v, state, gated=True, plan=layout, keep=keep, spans=spans, enter=enter)
     return o, final, None if kept is None else ChannelSaved(kept, chunks)
 
 
@@ -203,6 +208,7 @@ def channel_backward(
     normalize: bool,
     scale: float,
     spans: jax.Array | None = None,
+    leave: Enter | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
     """Gradients of `channel_forward`'s arguments.
 
@@ -210,7 +216,7 @@ def channel_backward(
       q, k, v, beta, g, kind, gate, lower_bound, normalize, scale: as for `channel_forward`.
       do, dfinal: as for `head_backward`.
       saved: of `channel_forward`.
-      spans: as for `head_forward`.
+      spans, leave: as for `head_backward`.
 
     Returns:
       as `head_backward`, dg [B, T, HV, K] bf16; behind it the gradient of gate [HV, 2, K] float32 or None.
@@ -218,7 +224,7 @@ def channel_backward(
     kept, chunks = saved
     layout = plan(v, q.shape[-1], channel=True, spans=spans)
     dr, dv, dstates, dinitial = walk_back(
-        chunks, do, dfinal, kept.moved, gated=True, plan=layout, spans=spans
+        chunks, do, dfinal, kept.moved, gated=True, plan=layout, spans=spans, leave=leave
     )
     values = PartInputs(do.astype(jnp.bfloat16), dr, kept.written, kept.states, dstates)
     dq, dk, dg, dbeta, *dA = channel_gradients(

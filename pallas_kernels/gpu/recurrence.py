@@ -9,6 +9,7 @@ S itself needs but one term.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,7 +67,11 @@ class Kept(NamedTuple):
 
     states: jax.Array  # [B, HV, NC, V, K] bf16, the transposed states that enter the chunks
     written: jax.Array  # [2, B, T, HV, V] bf16, U as the sum of two terms
-    moved: jax.Array  # [B, runs, HV, K, K] float32, M^T of each run; no runs where there is but one
+    moved: jax.Array  # [B, runs, HV, K, K] float32, M^T of each run; no runs where nobody needs them
+
+
+# (N^T, M^T) of all of a row's tokens -> the transposed state that enters them.
+Enter = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def walk(
@@ -78,6 +83,7 @@ def walk(
     plan: Plan,
     keep: bool = False,
     spans: jax.Array | None = None,
+    enter: Enter | None = None,
 ) -> tuple[jax.Array, jax.Array, Kept | None]:
     """Outputs and final state.
 
@@ -100,6 +106,8 @@ def walk(
       keep: whether to return what the backward pass needs.
       spans: [B, N, 2] int32, first chunk and number of chunks of each segment, where every segment has a
         state of its own, [B, N, HV, V, K] the initial and final ones. Nothing is written for other chunks.
+      enter: where the state that enters (``state`` is None then) depends on what the tokens do to it: takes
+        N^T [B, HV, V, K] and M^T [B, HV, K, K], float32, of S^T -> S^T M^T + N^T. Not with ``spans``.
 
     Returns:
       o [B, T, HV, V] in v's dtype, the transposed final state [B, HV, V, K] float32, `Kept` or None.
@@ -112,14 +120,26 @@ def walk(
         o, final, *kept = _call(chunks, v, state, gated, plan, outputs=True, keep=keep, spans=spans)
         return o, final, Kept(kept[0], kept[1], no_runs) if keep else None
     moved = jnp.zeros((B, 0, HV, K, K), jnp.float32)
-    if plan.runs > 1:
-        action = _call(chunks, v, None, gated, plan, outputs=False, keep=keep)
+    if plan.runs > 1 or enter is not None:
+        whole = keep or enter is not None
+        action = _call(chunks, v, None, gated, plan, outputs=False, keep=whole)
         added, moved = action[..., :V, :], action[..., V:, :]
+        if enter is not None:
+            state = enter(*joined(added, moved))
         state = run_states(added, moved, state, plan.runs)
     elif state is not None:
         state = state[:, None]
     o, final, *kept = _call(chunks, v, state, gated, plan, outputs=True, keep=keep)
     return o, final[:, -1], Kept(kept[0], kept[1], moved) if keep else None
+
+
+def joined(added: jax.Array, moved: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """N^T [B, HV, V, K] and M^T [B, HV, K, K] of all runs, one after the other; see `run_states`."""
+    N, M = added[:, 0], moved[:, 0]
+    for i in range(1, added.shape[1]):
+        N = added[:, i] + jnp.matmul(N, moved[:, i], precision=lax.Precision.HIGHEST)
+        M = jnp.matmul(M, moved[:, i], precision=lax.Precision.HIGHEST)
+    return N, M
 
 
 def run_states(added: jax.Array, moved: jax.Array, state: jax.Array | None, runs: int) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
-from pallas_kernels.gpu.recurrence import SMALLEST, WIDTH, Chunks, Plan, run_states
+from pallas_kernels.gpu.recurrence import SMALLEST, WIDTH, Chunks, Enter, Plan, joined, run_states
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, OUT, READ
 from pallas_kernels.gpu.sides import Sides, scratch, sides_of, stages_of
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
@@ -31,6 +31,7 @@ def walk_back(
     gated: bool,
     plan: Plan,
     spans: jax.Array | None = None,
+    leave: Enter | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Gradients of what the walk computes from the values.
 
@@ -48,6 +49,8 @@ def walk_back(
       gated: whether there is a decay.
       plan: the layout, as for `recurrence.walk` and with as many runs.
       spans: as for `recurrence.walk`, with a gradient of every segment's final and initial state.
+      leave: where the walk had ``enter``: takes D^T and M of dS^T -> dS^T M + D^T, what all tokens do to the
+        gradient of the state that leaves them, and returns that gradient; ``dfinal`` is not read then.
 
     Returns:
       dR [terms, B, T, HV, V] bf16, the sum of two terms with a per-head decay (its gradient needs them); the
@@ -59,17 +62,20 @@ def walk_back(
         plan = dataclasses.replace(plan, runs=spans.shape[1])
         return _call(chunks, do, dfinal, gated, plan, outputs=True, spans=spans)
     state = dfinal[:, None]
-    if plan.runs > 1:
+    if plan.runs > 1 or leave is not None:
         one = dataclasses.replace(plan, warpgroups=1)
-        added = _call(chunks, do, None, gated, one, outputs=False)
+        added = _call(chunks, do, None, gated, one, outputs=False, whole=leave is not None)
         # Backwards, a run takes dS^T to dS^T M + what its outputs add.
-        state = run_states(added[:, ::-1], moved[:, ::-1].mT, dfinal, plan.runs)[:, ::-1]
+        added, moved = added[:, ::-1], moved[:, ::-1].mT
+        if leave is not None:
+            dfinal = leave(*joined(added, moved))
+        state = run_states(added, moved, dfinal, plan.runs)[:, ::-1]
     dr, dv, dstates, dinitial = _call(chunks, do, state, gated, plan, outputs=True)
     return dr, dv, dstates, dinitial[:, 0]
 
 
-def _call(chunks, do, state, gated, plan, *, outputs, spans=None):
-    """The kernel; without ``outputs``, what the outputs of each run but the first add to the gradient."""
+def _call(chunks, do, state, gated, plan, *, outputs, spans=None, whole=False):
+    """The kernel; without ``outputs``, what those of each run but the first (``whole``: of each) add."""
     B, _, HV, V = do.shape
     K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
     NC, num_factors = chunks.factors.shape[2:4]
@@ -89,7 +95,8 @@ def _call(chunks, do, state, gated, plan, *, outputs, spans=None):
     if channel:
         shared["key_tile"] = tile((*ring, CHUNK, width), dtype)
         shared["decay_tile"] = plgpu.SMEM((*ring, width), jnp.float32)
-    runs = plan.runs if outputs else plan.runs - 1
+    first_run = 0 if outputs or whole else 1
+    runs = plan.runs - first_run
     results: Any = jax.ShapeDtypeStruct((B, runs, HV, V, K), jnp.float32)
     # A warpgroup's own, one after the other: the state, gradients of values, what sides share.
     terms = 1 if channel or not gated else 2  # of dR
@@ -106,7 +113,7 @@ def _call(chunks, do, state, gated, plan, *, outputs, spans=None):
         dv = jax.ShapeDtypeStruct(do.shape, do.dtype)
         results = (dr, dv, jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16), results)
     kernel = plgpu.kernel(
-        partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
+        partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs, first_run=first_run),
         out_type=results,
         scratch_types=shared,
         grid=(V // (WIDTH * warpgroups), HV, B * runs),
@@ -138,6 +145,7 @@ def _body(
     gated,
     plan,
     outputs,
+    first_run,
     key_tile=None,
     decay_tile=None,
     out_tiles: Any = (),
@@ -164,7 +172,7 @@ def _body(
     group = do_ref.shape[2] // chunks.reads.shape[2]
     stages, ahead = plan.stages, plan.stages - 1
     per_run = pl.cdiv(num_chunks, plan.runs)
-    start = (run if outputs else run + 1) * per_run
+    start = (run + first_run) * per_run
     even = num_chunks % plan.runs == 0
     count: Any = per_run if even else lax.min(per_run, num_chunks - start)
     if spans_ref is not None:

@@ -5,6 +5,7 @@ gathered from shared memory are replaced by their meaning here; `python -m bench
 real ones on a card. Everything else of the kernels runs: copies, barriers, indices, masks, decays.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deltajax import ops
-from deltajax.ops import dispatch, pallas_gpu
+from deltajax.ops import context, dispatch, pallas_gpu
 from pallas_kernels.gpu import delta_rule, recurrence, rowwise, tiles
 from tests import cases
 
@@ -152,6 +153,66 @@ def test_interpreted_backward_in_runs(case, monkeypatch):
     monkeypatch.setattr(delta_rule, "LEAST_CHUNKS", 1)
     monkeypatch.setattr(delta_rule, "MOST_RUNS", 3)  # of 2, 2 and 1 chunks
     check_interpreted_backward(case, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("case", "runs"),
+    [
+        (cases.Case("head", T=260, K=64, V=64, H=1, HV=2, decay="slow", beta_max=2.0), 2),
+        (cases.Case("channel", T=130, K=64, V=64, decay="softplus"), 1),
+        pytest.param(
+            cases.Case("none", T=260, K=80, V=80, decay="zero", beta_max=2.0), 2, marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_interpreted_halves_of_rows_on_an_axis(case, runs, monkeypatch):
+    """What a device does to the state and to its gradient is what it tells the others."""
+    monkeypatch.setattr(delta_rule, "LEAST_CHUNKS", 1)
+    monkeypatch.setattr(delta_rule, "MOST_RUNS", 3 if runs > 1 else 1)
+    interpreted_products(monkeypatch)
+    x = cases.arrays(case, jnp.bfloat16)
+    x["do"] = x["do"].astype(jnp.bfloat16)
+    whole, options = captured(case, x, monkeypatch)
+    options = dataclasses.replace(options, axis_name="context")
+    half, told = case.T // 2, []
+
+    def of_half(tree, i):
+        return jax.tree.map(lambda a: a[:, i * half : (i + 1) * half], tree)
+
+    def tell(given):
+        def between(added, moved, *rest):
+            told.append(added + moved @ given)
+            return given
+
+        return between
+
+    tokens = dict(q=whole.q, k=whole.k, v=whole.v, g=whole.g, beta=whole.beta)
+    parts = [whole._replace(**of_half(tokens, i)) for i in range(2)]
+    state, got, kept = whole.initial_state, {"o": []}, []
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        for part in parts:
+            monkeypatch.setattr(context, "enter", tell(state))
+            o, state, saved = pallas_gpu.saving(part, options)
+            assert cases.relative_error(told[-1], state) < 1e-3
+            got["o"].append(o)
+            kept.append(saved)
+        got["final_state"], dstate, gradients = state, jnp.asarray(x["dstate"]), []
+        monkeypatch.setattr(context, "of_initial_state", lambda gradient, options: gradient)
+        for i in (1, 0):
+            monkeypatch.setattr(context, "leave", tell(dstate))
+            do = of_half(jnp.asarray(x["do"]), i)
+            found = pallas_gpu.backward(parts[i], options, do, jnp.zeros_like(dstate), *kept[i])
+            dstate = found.initial_state
+            assert cases.relative_error(told[-1], dstate) < 2e-3
+            gradients.insert(0, found)
+    expected = cases.reference(case, x)
+    got |= {f"d{n}": [getattr(f, n) for f in gradients] for n in tokens if tokens[n] is not None}
+    got = {n: jnp.concatenate(a, axis=1) if isinstance(a, list) else a for n, a in got.items()}
+    got["dinitial_state"] = dstate
+    for name, value in got.items():
+        limit = 5e-3 if name in ("o", "final_state") else 2e-2 if name in ("dbeta", "dg") else 8e-3
+        assert cases.relative_error(value, expected[name]) < limit, name
 
 
 @pytest.mark.parametrize("packed", (False, True))
@@ -298,6 +359,27 @@ def test_lowers_inside_shard_map(gate, monkeypatch):
     text = lowered.as_text()
     assert ("channel_gradients" if gate == "channel" else "head_gradients") in text
     assert "all_gather" not in text
+
+
+def test_tokens_on_an_axis_lower_to_runs_and_one_walk(monkeypatch):
+    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
+    case = cases.Case("head", T=512, K=64, V=64, HV=2, decay="softplus")
+    x = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in cases.arrays(case, jnp.bfloat16).items()}
+    mesh = jax.sharding.AbstractMesh((2,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
+    tokens = jax.P(None, "context")
+    specs = {n: tokens if n in ("q", "k", "v", "g", "beta", "do") else jax.P() for n in x}
+    op = jax.shard_map(
+        lambda x: cases.call(case, x, "pallas", axis_name="context"),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=(tokens, jax.P()),
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        loss = lambda x: sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in op(x))  # noqa: E731
+        text = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(name in text for name in ("delta_runs", "delta_walk", "delta_runs_back", "delta_walk_back"))
+    assert "all_gather" in text
+    assert "256x2x128" not in text  # values [v | 0] of this device
 
 
 def test_few_heads_walk_in_runs():

@@ -3,6 +3,7 @@
 Each kind of rows, gate and implementation is seen by default; with --all, each combination of them.
 """
 
+import dataclasses
 import sys
 from functools import cache, partial
 
@@ -13,6 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from deltajax import ops
+from deltajax.ops import chunked, context, dispatch, problem
 from tests import cases
 from tests.cases import Case
 
@@ -37,6 +39,12 @@ CONTEXT = {
     ("channel", "packed"): 4,
     ("channel", "states"): 4,
 }
+EDGES = [
+    [0] * 16 + [1] * 8 + [2] * 8 + [0] * 16,  # two devices of padding, a boundary inside the third
+    [1] * 12 + [2] * 12 + [3] * 24,  # boundaries at the edges, then two devices of one segment
+    [0] * 48,
+    [2] * 12 + [0] * 12 + [2] * 6 + [1] * 18,  # padding for a whole device inside a segment
+]
 PER_TOKEN = ("q", "k", "v", "g", "beta", "do")
 
 
@@ -118,20 +126,62 @@ def context_parallel():
 
 def context_parallel_edges():
     """Devices that hold only padding, a boundary at a device's edge, one segment over several devices."""
-    rows = [
-        [0] * 16 + [1] * 8 + [2] * 8 + [0] * 16,  # two devices of padding, a boundary inside the third
-        [1] * 12 + [2] * 12 + [3] * 24,  # boundaries at the edges, then two devices of one segment
-        [0] * 48,
-        [2] * 12 + [0] * 12 + [2] * 6 + [1] * 18,  # padding for a whole device inside a segment
-    ]
     for segments in ("packed", "states"):
         case = Case("channel", T=48, B=4, HV=2, K=16, V=8, decay="slow", segments=segments)
-        x = cases.arrays(case, np.float32) | {"segment_ids": np.array(rows, np.int32)}
+        x = cases.arrays(case, np.float32) | {"segment_ids": np.array(EDGES, np.int32)}
         for check_vma in (True, False):
             if not ALL and check_vma == (segments == "states"):
                 continue
             got = errors(case, x, context_specs(), mesh(context=4), None, check_vma, axis_name="context")
             yield f"{case} edges, check_vma {check_vma}", got
+
+
+def maps_of_tokens(inputs, options):
+    """N and M of the chunked form, without regard to where segments begin."""
+    B, T, HV, V = inputs.v.shape
+    K = inputs.q.shape[-1]
+    v = jnp.concatenate([inputs.v, jnp.zeros((B, T, HV, K))], axis=-1)
+    state = jnp.broadcast_to(jnp.eye(K, V + K, V), (B, HV, K, V + K))
+    whole = problem.Inputs(*problem.vary_alike(*inputs._replace(v=v, initial_state=state)))
+    finals = chunked.forward(whole, dataclasses.replace(options, axis_name=None))[1]
+    return finals[..., :V], finals[..., V:]
+
+
+def spread_forward(inputs, options):
+    state = context.enter(*maps_of_tokens(inputs, options), inputs, options)
+    return chunked.forward(inputs._replace(initial_state=state), dataclasses.replace(options, axis_name=None))
+
+
+def spread_backward(inputs, options, do, dfinal):
+    added, moved = maps_of_tokens(inputs, options)
+    entered = inputs._replace(initial_state=context.enter(added, moved, inputs, options))
+    alone = dataclasses.replace(options, axis_name=None)
+    back = chunked.backward(entered, alone, do, jnp.zeros_like(dfinal)).initial_state
+    leaving = context.leave(back, moved.mT, dfinal, inputs, options)
+    found = chunked.backward(entered, alone, do, leaving)
+    return found._replace(initial_state=context.of_initial_state(found.initial_state, options))
+
+
+def context_parallel_of_kernels():
+    """What kernels that make their tokens' map call, `context.enter` and `leave`: the chunked form as one."""
+    usual = dispatch.CHUNKED
+    dispatch.CHUNKED = dispatch.Kernel(
+        spread_forward, spread_backward, usual.unsupported, spreads=lambda options: True
+    )
+    sharded.cache_clear()
+    jax.clear_caches()
+    try:
+        for gate, segments, parts in (("head", "none", 8), ("channel", "packed", 4)):
+            case = Case(gate, T=48, B=4, HV=2, K=16, V=8, decay="slow", segments=segments, beta_max=2.0)
+            x = cases.arrays(case, np.float32)
+            if segments == "packed":
+                x |= {"segment_ids": np.array(EDGES, np.int32)}
+            got = errors(case, x, context_specs(), mesh(context=parts), "chunked", axis_name="context")
+            yield f"{case} context {parts}", got
+    finally:
+        dispatch.CHUNKED = usual
+        sharded.cache_clear()
+        jax.clear_caches()
 
 
 def convolution():
@@ -174,7 +224,14 @@ def convolution():
 
 def main() -> int:
     worst = 0.0
-    for check in (rows_and_heads, context_parallel, context_parallel_edges, convolution):
+    checks = (
+        rows_and_heads,
+        context_parallel,
+        context_parallel_edges,
+        context_parallel_of_kernels,
+        convolution,
+    )
+    for check in checks:
         for name, found in check():
             top = max(found.values(), key=lambda e: e if e == e else np.inf)
             bad = {n: e for n, e in found.items() if not e < TOLERANCE}
