@@ -94,14 +94,15 @@ def _join_rows(past: Array, x: Array, runs: Array) -> tuple[Array, Array]:
     """Puts each row's past before its first real token, over the padding there, as part of run 1."""
     W1 = past.shape[1]
     lead = jnp.argmax(runs != 0, axis=1)  # 0 for a row of padding only
-
-    def join(past, x, runs, lead):
-        padded = jnp.concatenate([jnp.zeros_like(past), x])
-        reach = jnp.concatenate([jnp.zeros(W1, runs.dtype), runs])
-        padded = jax.lax.dynamic_update_slice_in_dim(padded, past, lead, 0)
-        return padded, jax.lax.dynamic_update_slice_in_dim(reach, jnp.ones(W1, runs.dtype), lead, 0)
-
-    return jax.vmap(join)(past, x, runs, lead)
+    padded = jnp.concatenate([jnp.zeros_like(past), x], axis=1)
+    reach = jnp.concatenate([jnp.zeros_like(runs, shape=past.shape[:2]), runs], axis=1)
+    # Selected place by place: writing at each row's own place would be a scatter, 0.7 ms a call on a H100.
+    place = jnp.arange(padded.shape[1]) - lead[:, None]  # [B, W-1+T]
+    for j in range(W1):
+        here = place == j
+        padded = jnp.where(here[..., None], past[:, j : j + 1], padded)
+        reach = jnp.where(here, 1, reach)
+    return padded, reach
 
 
 def _last_inputs(padded: Array, reach: Array, W: int) -> Array:

@@ -125,6 +125,14 @@ def test_leading_padding_does_not_come_between_a_cache_and_its_sequence(rng):
     np.testing.assert_array_equal(cache, plain_cache)
 
 
+def test_a_decoding_step_scatters_nothing():
+    """GPUs take 0.7 ms for a scatter of a few numbers."""
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 1, 64), (64, 4), (2, 3, 64)))
+    ids = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    step = jax.jit(lambda x, weight, cache, ids: short_convolution(x, weight, cache=cache, segment_ids=ids))
+    assert "scatter" not in step.lower(*shapes, ids).as_text()
+
+
 def test_half_precision_inputs_are_summed_in_float32(rng):
     x, weight = draw(rng, 1, 50, 8).astype(jnp.bfloat16), draw(rng, 8, 4)
     y, cache = short_convolution(x, weight)

@@ -165,7 +165,8 @@ def scores(options: Options) -> Scores:
 
     # A few small programs rather than many of one operation.
     select = jax.jit(lambda params, lanes: jax.tree.map(lambda x: x[lanes], params))
-    measure = jax.jit(jax.vmap(task.scores))
+    # One set of answers after the other: side by side they want tens of GiB.
+    measure = jax.jit(lambda *texts: jax.lax.map(lambda x: task.scores(*x), texts))
 
     @jax.jit
     def keys(uses: Any) -> Any:  # of each use and seed, apart from those of pretraining's steps
