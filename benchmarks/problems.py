@@ -1,6 +1,7 @@
 """The op problems that are timed: the shapes of the published comparisons, with fresh random data."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +68,11 @@ def arguments(p: Problem, key: jax.Array, dtype=jnp.bfloat16) -> tuple[tuple, ja
     return (q, k, v, beta, g, A_log, dt_bias), do
 
 
-def function(p: Problem, implementation: str, chunk_size: int | None = None):
+def function(p: Problem, implementation: str, chunk_size: int | None = None, axis_name: str | None = None):
     """The op as a function of `arguments`' first result, returning o."""
-    options = dict(normalize_qk=True, implementation=implementation, chunk_size=chunk_size)
+    options: dict[str, Any] = dict(
+        normalize_qk=True, implementation=implementation, chunk_size=chunk_size, axis_name=axis_name
+    )
 
     def run(q, k, v, beta, g=None, A_log=None, dt_bias=None):
         if p.gate == "delta":
