@@ -26,21 +26,6 @@ from train.mesh import MESH_AXES
 from train.metrics import MetricsFile, Throughput, peak_flops, read_metrics
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Most tests here run the same program: compile it once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return str(write_text(tmp_path_factory.mktemp("text") / "text.jsonl"))

@@ -25,12 +25,12 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_pair(*args, cache: Path, slurm: bool = False) -> list[subprocess.Popen]:
+def start_pair(*args, slurm: bool = False) -> list[subprocess.Popen]:
     """Both processes, told of each other by options or by what Slurm puts into the environment."""
     port, pair = free_port(), []
     for i in range(2):
         join: list = ["--mesh.distributed", "--mesh.lost-after", LOST_AFTER]
-        env = environment(devices=4, cache=cache)
+        env = environment(devices=4)
         if slurm:
             env |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
             env |= {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "JAX_COORDINATOR_PORT": str(port)}
@@ -58,8 +58,8 @@ def ends(pair: list[subprocess.Popen], within: float = 300) -> list[str]:
             process.kill()
 
 
-def run_pair(*args, cache: Path) -> list[str]:
-    pair = start_pair(*args, cache=cache)
+def run_pair(*args) -> list[str]:
+    pair = start_pair(*args)
     outputs = ends(pair)
     assert [process.returncode for process in pair] == [0, 0], "\n".join(outputs)
     return outputs
@@ -85,7 +85,7 @@ def checkpoint_steps(directory: Path) -> list[int]:
 def test_a_killed_process_ends_the_other_and_a_signal_to_one_stops_both(tmp_path):
     text, directory = write_text(tmp_path / "text.jsonl"), tmp_path / "run"
     args = [*EIGHT, "--data.files", text, "--run-dir", directory, "--steps", "100000"]
-    pair = start_pair(*args, cache=tmp_path / "cache")
+    pair = start_pair(*args)
     wait_for_step(8, directory, pair)
     pair[1].kill()
     survivor, killed = ends(pair, within=LOST_AFTER + 30)
@@ -95,7 +95,7 @@ def test_a_killed_process_ends_the_other_and_a_signal_to_one_stops_both(tmp_path
     assert killed.strip().splitlines()[-1].startswith("error: process 1 of 2 ended in step")
     before = losses(directory)
 
-    pair = start_pair(*args, cache=tmp_path / "cache", slurm=True)
+    pair = start_pair(*args, slurm=True)
     wait_for_step(max(before) + 2, directory, pair)
     pair[1].terminate()
     asked = time.monotonic()
@@ -112,19 +112,19 @@ def test_a_killed_process_ends_the_other_and_a_signal_to_one_stops_both(tmp_path
 
 @pytest.mark.slow  # ten processes, each of which compiles
 def test_lost_and_stopped_processes_leave_the_curve_as_it_was(tmp_path):
-    text, cache = write_text(tmp_path / "text.jsonl"), tmp_path / "cache"
+    text = write_text(tmp_path / "text.jsonl")
     args = [*EIGHT, "--data.files", text, "--steps", "60"]
-    run_pair(*args, "--run-dir", whole := tmp_path / "whole", cache=cache)
+    run_pair(*args, "--run-dir", whole := tmp_path / "whole")
     args += ["--run-dir", parts := tmp_path / "parts"]
 
-    pair = start_pair(*args, cache=cache)  # the process that coordinates is killed
+    pair = start_pair(*args)  # the process that coordinates is killed
     wait_for_step(7, parts, pair)
     pair[0].kill()
     outputs = ends(pair, within=LOST_AFTER + 30)
     assert pair[1].returncode not in (0, None)
     assert "error: process 1 of 2" in outputs[1].strip().splitlines()[-1]
 
-    pair = start_pair(*args, cache=cache)  # a process hangs: its connections stay open
+    pair = start_pair(*args)  # a process hangs: its connections stay open
     wait_for_step(12, parts, pair)
     pair[1].send_signal(signal.SIGSTOP)
     lost = time.monotonic()
@@ -134,7 +134,7 @@ def test_lost_and_stopped_processes_leave_the_curve_as_it_was(tmp_path):
     last = ends(pair)[0].strip().splitlines()[-1]
     assert last.startswith("error: process 0 of 2 ended in step")
 
-    pair = start_pair(*args, cache=cache)  # both are asked to stop
+    pair = start_pair(*args)  # both are asked to stop
     wait_for_step(22, parts, pair)
     for process in pair:
         process.terminate()
@@ -146,21 +146,21 @@ def test_lost_and_stopped_processes_leave_the_curve_as_it_was(tmp_path):
     files = [f for f in (parts / "checkpoints" / str(newest) / "state").rglob("*") if f.is_file()]
     largest = max(files, key=lambda f: f.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    first, _ = run_pair(*args, cache=cache)
+    first, _ = run_pair(*args)
     assert f"checkpoints/{newest} cannot be read" in first and f"at step {before}" in first
     assert losses(parts) == losses(whole)
 
 
 @pytest.mark.slow  # six processes, each of which compiles
 def test_two_processes_train_save_and_resume_as_one_run(tmp_path):
-    text, cache = write_text(tmp_path / "text.jsonl"), tmp_path / "cache"
+    text = write_text(tmp_path / "text.jsonl")
     args = [*EIGHT, "--data.files", text, "--checkpoint.every", "2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    first, second = run_pair(*args, "--run-dir", whole, "--steps", "6", cache=cache)
+    first, second = run_pair(*args, "--run-dir", whole, "--steps", "6")
     assert "eval loss" in first and "eval loss" not in second  # only process 0 prints
-    run_pair(*args, "--run-dir", parts, "--steps", "4", cache=cache)
+    run_pair(*args, "--run-dir", parts, "--steps", "4")
     shutil.copytree(parts, alone := tmp_path / "alone")
-    first, _ = run_pair(*args, "--run-dir", parts, "--steps", "6", cache=cache)
+    first, _ = run_pair(*args, "--run-dir", parts, "--steps", "6")
     assert "at step 4" in first
     assert losses(parts) == losses(whole)
     # One process goes on with the batches of both.
@@ -174,7 +174,7 @@ def test_processes_that_hold_parts_of_the_same_rows_read_the_same_rows(tmp_path)
     text = write_text(tmp_path / "text.jsonl")
     args = [*EIGHT, "--data.files", text, "--steps", "4", "--mesh.data", "1", "--mesh.fsdp", "1"]
     args += ["--mesh.context", "8", "--eval.every", "2"]
-    run_pair(*args, "--run-dir", tmp_path / "pair", cache=tmp_path / "cache")
+    run_pair(*args, "--run-dir", tmp_path / "pair")
     done = run(*args, "--run-dir", tmp_path / "alone", devices=8)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)

@@ -15,22 +15,22 @@ STEPS = 90
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Losses of a run left alone, the arguments of it, and the compilation cache it filled."""
+    """Losses of a run left alone, and the arguments of it."""
     folder = tmp_path_factory.mktemp("kill")
     text = write_text(folder / "text.jsonl")
     # The default backend: its resumption is the one that most runs rely on.
     args = [*TINY, "--model.implementation", "None"]
     args += ["--data.files", text, "--steps", STEPS, "--checkpoint.every", "3", "--eval.every", "30"]
-    done = run(*args, "--run-dir", folder / "run", cache=folder / "cache")
+    done = run(*args, "--run-dir", folder / "run")
     assert done.returncode == 0, done.stderr
-    return losses(folder / "run"), args, folder / "cache"
+    return losses(folder / "run"), args
 
 
 def start(undisturbed, directory: Path) -> subprocess.Popen:
-    _, args, cache = undisturbed
+    _, args = undisturbed
     return subprocess.Popen(
         command(*args, "--run-dir", directory),
-        env=environment(cache=cache),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -86,8 +86,8 @@ def test_killed_at_a_random_moment_and_during_a_save_then_told_to_stop(undisturb
         assert f"stopped by {number.name} after step {last} of {STEPS}; saved" in out
         assert (tmp_path / "checkpoints" / str(last)).is_dir()
 
-    expected, args, cache = undisturbed
-    done = run(*args, "--run-dir", tmp_path, cache=cache)
+    expected, args = undisturbed
+    done = run(*args, "--run-dir", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"at step {last}" in done.stdout
     assert losses(tmp_path) == expected

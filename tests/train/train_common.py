@@ -38,24 +38,18 @@ def command(*args: str | Path) -> list[str]:
     return [sys.executable, "-m", "train", *map(str, args)]
 
 
-def environment(devices: int = 1, cache: Path | None = None) -> dict[str, str]:
-    """Its environment: CPU devices, and a compilation cache where a test starts the same run repeatedly."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """Its environment: CPU devices, and the tests' compilation cache (`conftest.py`)."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     flags = os.environ.get("XLA_FLAGS", "")  # compile as quickly as the tests themselves
     env["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
-    if cache is not None:
-        env |= {
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
     return env
 
 
-def run(*args: str | Path, devices: int = 1, cache: Path | None = None) -> subprocess.CompletedProcess:
+def run(*args: str | Path, devices: int = 1) -> subprocess.CompletedProcess:
     """Trains in a process of its own, to the end."""
     return subprocess.run(
-        command(*args), env=environment(devices, cache), capture_output=True, text=True, timeout=300
+        command(*args), env=environment(devices), capture_output=True, text=True, timeout=300
     )
 
 
