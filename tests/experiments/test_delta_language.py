@@ -74,7 +74,6 @@ def test_options_that_cannot_work_are_named(change, named):
         delta_language.run(dataclasses.replace(Options(), **change))
 
 
-@pytest.mark.slow  # five programs
 def test_pairs_of_weaker_models_improve_a_student_that_fine_tuning_on_them_harms(tmp_path):
     options = Options(
         out=tmp_path / "found.json",
@@ -83,15 +82,15 @@ def test_pairs_of_weaker_models_improve_a_student_that_fine_tuning_on_them_harms
         length=4,
         student_width=32,
         teacher_width=16,
-        steps=150,
+        steps=300,
         rows=32,
         rate=1e-2,
-        worse_errors=(0.7,),
-        tuning_steps=30,
-        pairs=32,
+        better_errors=0.45,
+        worse_errors=(0.75,),
+        tuning_steps=40,
+        pairs=24,
         tuning_rate=3e-3,
         test=256,
-        implementation="scan",
     )
     results = delta_language.run(options, "as typed")
     right, greedy = (
@@ -99,10 +98,12 @@ def test_pairs_of_weaker_models_improve_a_student_that_fine_tuning_on_them_harms
         for kind in ("right", "greedy_right")
     )
     student = right["student"]
-    assert student > right["chosen"] + 0.1 > right["rejected 0.7"] + 0.2
-    assert right["dpo 0.7"] > student + 0.1 and greedy["dpo 0.7"] > greedy["student"] + 0.05
+    # Of seeds 0 to 3 DPO gains 27 to 33 points, 29 to 44 of greedy ones; fine-tuning loses 15 to 22,
+    # reversed pairs lose 40 to 50, and those without a gap change 1 to 7.
+    assert student > right["chosen"] + 0.1 > right["rejected 0.75"] + 0.2
+    assert right["dpo 0.75"] > student + 0.2 and greedy["dpo 0.75"] > greedy["student"] + 0.2
     assert right["sft"] < student - 0.1
-    assert right["reversed"] < student - 0.2
+    assert right["reversed"] < student - 0.3
     assert abs(right["no gap"] - student) < 0.1
     assert abs(right["same"] - student) < 0.02
 
