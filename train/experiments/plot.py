@@ -1,8 +1,8 @@
 """`python -m train.experiments.plot RESULTS.json ... --out PLOT.png`: draws what the experiments measured.
 
 A column for each task; above, accuracy against the length of the rows (of training; where only one was
-trained on, of evaluation), below, against steps, at the longest length of training. Needs matplotlib, and no
-accelerator.
+trained on, of evaluation), below, against steps, at the longest length of training or `--steps-at`. Needs
+matplotlib, and no accelerator.
 """
 
 import sys
@@ -32,19 +32,25 @@ def _main(args: Sequence[str] | None) -> int:
         """a .png or .pdf"""
         late: bool = False
         """draw the accuracy of the last quarter of each row's answers instead of all"""
+        steps_at: int | None = None
+        """length of the rows of training whose accuracy is drawn by steps; none means the longest"""
 
     options = tyro.cli(Options, prog="python -m train.experiments.plot", args=args)
-    draw(options.results, options.out, "late" if options.late else "answers")
+    draw(options.results, options.out, "late" if options.late else "answers", options.steps_at)
     return 0
 
 
-def draw(paths: Sequence[Path], out: Path, kind: str = "answers") -> None:
+def draw(paths: Sequence[Path], out: Path, kind: str = "answers", steps_at: int | None = None) -> None:
     """Draws results files into one figure.
 
     Args:
         paths: files of `results.save`.
         out: the picture.
         kind: which accuracy: "answers", "late" or "rows".
+        steps_at: length of the rows of training whose accuracy is drawn by steps; None: the longest.
+
+    Raises:
+        ValueError: a task without results of that length.
     """
     import matplotlib
 
@@ -60,7 +66,12 @@ def draw(paths: Sequence[Path], out: Path, kind: str = "answers") -> None:
     figure, axes = pyplot.subplots(2, len(tasks), figsize=(4 * len(tasks), 6), sharey=True, squeeze=False)
     for column, task in enumerate(tasks):
         top, bottom = axes[:, column]
-        longest = max(x.length for x in results if x.task == task)
+        trained = {x.length for x in results if x.task == task}
+        at = max(trained) if steps_at is None else steps_at
+        if at not in trained:
+            raise ValueError(
+                f"steps_at={at}: expected one of {sorted(trained)}, the lengths trained on {task}"
+            )
         for i, mixer in enumerate(mixers):
             own = sorted((x for x in results if x.task == task and x.mixer == mixer), key=lambda x: x.length)
             style = dict(label=mixer, color=f"C{i}", marker="o", markersize=3)
@@ -70,7 +81,7 @@ def draw(paths: Sequence[Path], out: Path, kind: str = "answers") -> None:
             lengths = sorted(by_length)
             top.plot(lengths, [100 * by_length[n] for n in lengths], **style)
             for x in own:
-                if x.length == longest:
+                if x.length == at:
                     rate = x.best_rate()
                     curve = [x.accuracy(rate, entry, kind) for entry in range(len(x.history))]
                     steps = [entry["step"] for entry in x.history]
@@ -78,7 +89,7 @@ def draw(paths: Sequence[Path], out: Path, kind: str = "answers") -> None:
         top.set_title(task)
         top.set_xscale("log", base=2)
         top.set_xlabel("tokens a row")
-        bottom.set_xlabel(f"steps ({longest} tokens a row)")
+        bottom.set_xlabel(f"steps ({at} tokens a row)")
     for row in axes:
         row[0].set_ylabel("right answers, %")
     axes[0, 0].set_ylim(-3, 103)

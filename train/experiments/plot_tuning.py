@@ -1,6 +1,6 @@
-"""`python -m train.experiments.plot_tuning RESULTS.json --out PLOT.png`: draws one of the tuning experiments.
+"""`python -m train.experiments.plot_tuning RESULTS.json --out PLOT.png`: draws experiments that are no tasks.
 
-Which one is read off the results: delta_logistic, delta_language or hard_batches. Needs matplotlib.
+Which one is read off the results: delta_logistic, delta_language, hard_batches or language. Needs matplotlib.
 """
 
 import json
@@ -45,7 +45,9 @@ def draw(results: dict[str, Any], out: Path) -> None:
     hard, language = "mini_batches" in results, "scores" in results
     two = hard or language
     figure, axes = pyplot.subplots(1, 2 if two else 1, figsize=(9 if two else 6, 4), squeeze=False)
-    if hard:
+    if "results" in results:
+        _variants(results, axes[0, 0])
+    elif hard:
         _hard(results, axes[0])
     elif language:
         _language(results, axes[0])
@@ -54,6 +56,28 @@ def draw(results: dict[str, Any], out: Path) -> None:
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
+
+
+def _variants(results: dict[str, Any], axes: Any) -> None:
+    """Held-out loss by steps: the mean of each variant's best rate, and its seeds' range."""
+    per_byte = results["about"]["text"]["bytes_per_token"]
+    for found in results["results"]:
+        rates = [lane["learning_rate"] for lane in found["lanes"]]
+        losses = [[x / per_byte for x in entry["eval_loss"]] for entry in found["history"]]
+
+        def of(rate: float, row: list[float], rates: list[float] = rates) -> list[float]:
+            return [x for x, own in zip(row, rates, strict=True) if own == rate]
+
+        best = min(set(rates), key=lambda rate: sum(of(rate, losses[-1])) / len(of(rate, losses[-1])))
+        rows = [of(best, row) for row in losses]
+        steps = [entry["step"] for entry in found["history"]]
+        (line,) = axes.plot(steps, [sum(row) / len(row) for row in rows], label=found["variant"])
+        axes.fill_between(
+            steps, list(map(min, rows)), list(map(max, rows)), color=line.get_color(), alpha=0.2
+        )
+    axes.set_xlabel("steps")
+    axes.set_ylabel("held-out loss, nats per byte")
+    axes.legend()
 
 
 def _logistic(results: dict[str, Any], axes: Any) -> None:
