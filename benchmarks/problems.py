@@ -39,7 +39,7 @@ def _all() -> list[Problem]:
     # Heads as wide as the Gated DeltaNet paper's.
     out += [
         Problem(gate, B, T, 8, 8, 256, 512)
-        for gate in ("delta", "gated")
+        for gate in ("delta", "gated", "kda_safe", "kda_softplus")
         for B, T in ((16, 2048), (1, 32768))
     ]
     return out

@@ -30,6 +30,7 @@ class Kernel:
         lowering, after the residuals' shapes are fixed, so the other platforms carry unused zeros.
       spreads: whether the halves take a call whose tokens are spread over a mesh axis; `context` makes such
         halves of the others.
+      by_default: whether a call that names no implementation takes these kernels, where they support it.
     """
 
     forward: Callable[[Inputs, Options], tuple[Array, Array]]
@@ -37,6 +38,7 @@ class Kernel:
     unsupported: Callable[[Inputs, Options], str | None]
     saving: Callable[[Inputs, Options], tuple[Array, Array, tuple[Array, ...]]] | None = None
     spreads: Callable[[Options], bool] = lambda options: False
+    by_default: Callable[[Inputs, Options], bool] = lambda inputs, options: True
 
 
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of what kernels save for their backward halves: a remat policy
@@ -50,6 +52,7 @@ PALLAS: Mapping[str, Kernel] = {
         pallas_gpu.unsupported,
         pallas_gpu.saving,
         pallas_gpu.spreads,
+        by_default=pallas_gpu.checked,
     ),
     "tpu": Kernel(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.unsupported, pallas_tpu.saving),
 }
@@ -81,7 +84,8 @@ def _run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[
             f"implementation must be 'pallas', 'chunked', 'scan' or None, got {implementation!r}"
         )
     asked = implementation == "pallas"
-    reasons = {platform: _unsupported(kernel, inputs, options) for platform, kernel in PALLAS.items()}
+    kernels = {p: k for p, k in PALLAS.items() if asked or k.by_default(inputs, options)}
+    reasons = {platform: _unsupported(kernel, inputs, options) for platform, kernel in kernels.items()}
     return _op(inputs, options, supporting(reasons, asked=asked, what="call"), not asked)
 
 

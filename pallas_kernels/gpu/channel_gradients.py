@@ -23,6 +23,7 @@ from pallas_kernels.gpu.gradient_parts import (
     num_turns,
     part_tiles,
 )
+from pallas_kernels.gpu.sides import sides_of
 from pallas_kernels.gpu.tiles import (
     CHUNK,
     COLUMN,
@@ -35,6 +36,7 @@ from pallas_kernels.gpu.tiles import (
     iota,
     load,
     rows,
+    split,
     tile,
 )
 
@@ -52,6 +54,7 @@ def channel_gradients(
     tokens: jax.Array,
     gate: jax.Array | None,
     values: PartInputs,
+    norms: jax.Array | None,
     *,
     lower_bound: float | None,
     all_present: bool,
@@ -73,43 +76,53 @@ def channel_gradients(
         dbeta = dR . U
         dG = q x + k y - k z,  and for G_end  sum of k beta n exp(G_end - G) (U dS^T) + exp(G_end) <S, dS>
 
+    Of K > 128 a turn sees a side of 128 channels: n and m come from the forward pass, and the terms in
+    q (q . x) and k (k . (y + z)) are left to `delta_rule.over_group`.
+
     Args:
-      q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64 or 128.
+      q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64, 128 or 256.
       g, tokens, gate, lower_bound, all_present, normalize, scale: as for `channel_relations`.
       values: do, dr, U and states, V a multiple of 64.
+      norms: of `channel_relations`, for K > 128.
 
     Returns:
-      dq, dk in q's dtype and dg bf16 [B, T, HV, K], of each value head; dbeta [B, HV, NC, 64] float32; with a
+      dq, dk [1, B, T, HV, K] in q's dtype, or [2, B, T, HV, K], two bf16 terms, where K > 128 is still to be
+      projected; dg bf16 [B, T, HV, K], of each value head; dbeta [B, HV, NC, 64] float32; with a
       gate A_log's gradient in parts [B, HV, NC, K / 64, 64] float32.
     """
     B, T, H, K = q.shape
     HV, NC = tokens.shape[1:3]
-    warpgroups = K // HALF
+    sides = sides_of(K)
+    warpgroups = K // sides // HALF
     grads, dg = (jax.ShapeDtypeStruct((B, T, HV, K), t) for t in (q.dtype, jnp.bfloat16))
+    in_terms = normalize and sides > 1
+    if in_terms:
+        grads = jax.ShapeDtypeStruct((2, B, T, HV, K), jnp.bfloat16)
 
     per_token = jax.ShapeDtypeStruct((B, HV, NC, CHUNK), jnp.float32)
-    of_parts = jax.ShapeDtypeStruct((B, HV, NC, warpgroups, CHUNK), jnp.float32)
+    of_parts = jax.ShapeDtypeStruct((B, HV, NC, K // HALF, CHUNK), jnp.float32)
 
     def halves_of(dtype):
         return tile((warpgroups, CHUNK, HALF), dtype)
 
+    leaving = [halves_of(jnp.bfloat16)] * in_terms
     relations = tile((2, CHUNK, CHUNK), jnp.float16)  # F and E
     scratch: dict[str, Any] = dict(
         part_tiles=part_tiles(K, stages=1, state_stages=2 if g.dtype.itemsize == 2 else 1, terms=1),
-        q_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16)),
-        k_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16)),
+        q_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16), *leaving),
+        k_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16), *leaving),
         relation_tile=plgpu.RefUnion(relations, halves_of(g.dtype)),
         level_tile=plgpu.RefUnion([halves_of(jnp.float16)] * 2, [halves_of(jnp.bfloat16)] * 2),
-        G_tile=plgpu.SMEM((CHUNK, K + 8), jnp.float32),
+        G_tile=plgpu.SMEM((CHUNK, K // sides + 8), jnp.float32),
         sum_tile=tile((1, CHUNK, CHUNK), jnp.bfloat16),
         zero_tile=plgpu.SMEM((8,), jnp.int32),  # see `zero` below
         token_tile=plgpu.SMEM((3, CHUNK), jnp.float32),
         column_tile=plgpu.SMEM((7, CHUNK), jnp.float32),
-        sums_tile=plgpu.SMEM((warpgroups, 2, CHUNK), jnp.float32),  # sums over channels: of q, of k
-        chunk_loaded=plgpu.Barrier(num_arrivals=2 + 3 * warpgroups),
+        sums_tile=plgpu.SMEM((warpgroups, 2, CHUNK), jnp.float32),  # sums over channels (q, k), or norms
+        chunk_loaded=plgpu.Barrier(num_arrivals=2 + 3 * warpgroups + (sides > 1)),
     )
     if gate is not None:
-        scratch["gate_tile"] = plgpu.SMEM((2, K), jnp.float32)
+        scratch["gate_tile"] = plgpu.SMEM((2, K // sides), jnp.float32)
         scratch["gate_loaded"] = plgpu.Barrier()
         scratch["g_loaded"] = plgpu.Barrier(num_arrivals=warpgroups)
     kernel = plgpu.kernel(
@@ -130,7 +143,8 @@ def channel_gradients(
         kernel_name="channel_gradients",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
-    return kernel(q, k, g, tokens, gate, values)
+    dq, dk, *others = kernel(q, k, g, tokens, gate, values, *(() if norms is None else (norms,)))
+    return *((dq, dk) if in_terms else (dq[None], dk[None])), *others
 
 
 def _body(
@@ -140,11 +154,7 @@ def _body(
     tokens_ref,
     gate_ref,
     values,
-    dq_ref,
-    dk_ref,
-    dg_ref,
-    dbeta_ref,
-    *dA_ref,
+    *refs,
     part_tiles,
     q_tile,
     k_tile,
@@ -166,31 +176,37 @@ def _body(
     gate_loaded=None,
     g_loaded=None,
 ):
+    outputs = list(refs)
     wg = lax.axis_index("warpgroup")
     walk = Parts(values, part_tiles, True)
     warpgroups = walk.warpgroups
+    norms_ref: Any = outputs.pop(0) if walk.sides > 1 else None
+    norm_tile = sums_tile.at[0]
+    dq_ref, dk_ref, dg_ref, dbeta_ref, *dA_ref = outputs
     square = (CHUNK, HALF)
     mine = pl.ds(wg * HALF, HALF)
-    (q_raw, q_half), (k_raw, k_half) = q_tile, k_tile
+    (q_raw, q_half, *q_leaving), (k_raw, k_half, *k_leaving) = q_tile, k_tile
     relation_tile, g_tile = relation_tile
     level_tile, wide_tile = level_tile
     row, column = iota(0), iota(1)
     G_mine = G_tile.at[:, mine]
 
     def load_g(n, barrier):
-        b, h, c, _ = walk.place(n)
+        b, h, c, side = walk.place(n)
         for half in range(warpgroups):
-            source = g_ref.at[b, pl.ds(c * CHUNK, CHUNK), h, pl.ds(half * HALF, HALF)]
+            source = g_ref.at[b, pl.ds(c * CHUNK, CHUNK), h, walk.channels(side, half)]
             plgpu.copy_gmem_to_smem(source, g_tile.at[half], barrier)
 
     def load_chunk(n):
-        b, h, c, _ = walk.place(n)
+        b, h, c, side = walk.place(n)
         here = pl.ds(c * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile.at[pl.ds(0, 2)], chunk_loaded)
         plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c, 0], column_tile.at[BETA], chunk_loaded)
+        if norms_ref is not None:
+            plgpu.copy_gmem_to_smem(norms_ref.at[b, h, c], norm_tile, chunk_loaded)
         load_g(n, chunk_loaded)
         for half in range(warpgroups):
-            channels = pl.ds(half * HALF, HALF)
+            channels = walk.channels(side, half)
             for ref, to in ((q_ref, q_raw), (k_ref, k_raw)):
                 plgpu.copy_gmem_to_smem(ref.at[b, here, h // group, channels], to.at[half], chunk_loaded)
 
@@ -209,7 +225,7 @@ def _body(
 
     @pl.loop(0, walk.count)
     def _chunk(n):
-        b, h, c, _ = walk.place(n)
+        b, h, c, side = walk.place(n)
         # Unknown to the compiler, so that it computes addresses here and not, to be spilled, before the loop.
         zero = zero_tile[0]
         me = wg + zero
@@ -229,7 +245,11 @@ def _body(
 
             @pl.when(wg == 0)
             def _gate():
-                plgpu.copy_gmem_to_smem(gate_ref.at[h], gate_tile, gate_loaded)
+                of_head = gate_ref.at[h]
+                if walk.sides > 1:
+                    width = warpgroups * HALF
+                    of_head = gate_ref.at[h, :, pl.ds(side * width, width)]
+                plgpu.copy_gmem_to_smem(of_head, gate_tile, gate_loaded)
 
             plgpu.barrier_wait(gate_loaded)
         plgpu.barrier_wait(chunk_loaded)
@@ -241,11 +261,14 @@ def _body(
         rowwise.scatter(G_mine, line, tiles.product(HALF, *[(ones, term) for term in stage(g)]))
 
         x, y = plgpu.load(q_raw.at[me], layout=L), plgpu.load(k_raw.at[me], layout=L)
-        sums_tile[wg, 0] = jnp.square(x.astype(jnp.float32)).sum(axis=1)
-        sums_tile[wg, 1] = jnp.square(y.astype(jnp.float32)).sum(axis=1)
+        if norms_ref is None:
+            sums_tile[wg, 0] = jnp.square(x.astype(jnp.float32)).sum(axis=1)
+            sums_tile[wg, 1] = jnp.square(y.astype(jnp.float32)).sum(axis=1)
         q[...], k[...] = x.astype(jnp.float16), y.astype(jnp.float16)
         walk.meet()
-        if normalize:
+        if norms_ref is not None:
+            n_key, m_query = (plgpu.load(norm_tile.at[i], layout=ROW) for i in range(2))
+        elif normalize:
             n_key, m_query = (
                 lax.rsqrt(walk.summed(sums_tile, 1) + 1e-6),
                 lax.rsqrt(walk.summed(sums_tile, 0) + 1e-6) * scale,
@@ -255,7 +278,7 @@ def _body(
         column_tile[NORM + wg] = n_key
         plgpu.commit_smem()
 
-        x, y, z, overlap, related = walk.sums(n)
+        x, y, z, overlap, related = walk.sums(n, zero if walk.sides > 1 else None)
         assert overlap is not None
         beta = plgpu.load(token_tile.at[0], layout=ROW)
         G = rowwise.gather(G_mine, line, HALF)
@@ -280,7 +303,7 @@ def _body(
                 diagonal = jnp.where(row == column, r, 0.0).sum(axis=1)
                 token_tile[OWN] = diagonal * m_query * n_key * beta
 
-            @pl.when(i == 1)
+            @pl.when(i == 1 if walk.sides == 1 else (i == 1) & (side == 0))
             def _dbeta(r=r):
                 dbeta_ref.at[b, h, c][...] = jnp.where(row == column, r, 0.0).sum(axis=1)
 
@@ -346,7 +369,11 @@ def _body(
         own = rows(plgpu.load(token_tile.at[OWN], layout=ROW), square)
         x = x * rows(unit, square) + own * load(k)
         w = w * rows(unit, square) + own * load(q)
-        if normalize:
+        channels, part = mine, wg
+        if walk.sides > 1:
+            channels, part = walk.channels(side, me), side * warpgroups + me
+        project = normalize and walk.sides == 1
+        if project:
             sums_tile[wg, 0] = (load(q) * x).sum(axis=1)
             sums_tile[wg, 1] = (load(k) * w).sum(axis=1)
         walk.meet()
@@ -356,22 +383,34 @@ def _body(
             def _again():
                 load_g(n, g_loaded)
 
-        if normalize:
+        if project:
             m = m_query * (1 / scale)
             x = x - load(q) * rows(m * m * walk.summed(sums_tile, 0), square)
             w = w - load(k) * rows(n_key * n_key * walk.summed(sums_tile, 1), square)
         plgpu.commit_smem()  # all warps are done with q, k and the staged sums
-        q_raw[me], k_raw[me] = x.astype(dq_ref.dtype), w.astype(dk_ref.dtype)
+        if q_leaving:
+            terms = list(zip((q_leaving[0], wide_tile[0]), split(x, jnp.bfloat16), strict=True))
+            terms += list(zip((k_leaving[0], wide_tile[1]), split(w, jnp.bfloat16), strict=True))
+            for to, term in terms:
+                to[me] = term
+            plgpu.commit_smem()
+            for i, (to, _) in enumerate(terms):
+                ref = (dq_ref, dk_ref)[i // 2].at[i % 2, b, pl.ds(c * CHUNK, CHUNK), h, channels]
+                plgpu.copy_smem_to_gmem(to.at[me], ref)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        else:
+            q_raw[me], k_raw[me] = x.astype(dq_ref.dtype), w.astype(dk_ref.dtype)
         if gate_tile is not None:
             plgpu.barrier_wait(g_loaded)
             dg, dA = pull_gate(dg, g_tile.at[me], gate_tile, mine, lower_bound=lower_bound)
-            dA_ref[0].at[b, h, c, wg][...] = dA.sum(axis=1)
+            dA_ref[0].at[b, h, c, part][...] = dA.sum(axis=1)
         wide_tile[0][me] = dg.astype(jnp.bfloat16)
         plgpu.commit_smem()
         here = pl.ds(c * CHUNK, CHUNK)
-        plgpu.copy_smem_to_gmem(q_raw.at[me], dq_ref.at[b, here, h, mine])
-        plgpu.copy_smem_to_gmem(k_raw.at[me], dk_ref.at[b, here, h, mine])
-        plgpu.copy_smem_to_gmem(wide_tile[0].at[me], dg_ref.at[b, here, h, mine])
+        if not q_leaving:
+            plgpu.copy_smem_to_gmem(q_raw.at[me], dq_ref.at[b, here, h, channels])
+            plgpu.copy_smem_to_gmem(k_raw.at[me], dk_ref.at[b, here, h, channels])
+        plgpu.copy_smem_to_gmem(wide_tile[0].at[me], dg_ref.at[b, here, h, channels])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         walk.meet()  # nobody still reads what the next chunk writes
 

@@ -5,9 +5,13 @@ meet where blocks of s = 1, 2, 4, ... tokens pair up with r in the odd block and
 Across the border a between the two, ``exp(G_r - G_i) = exp(G_r - G_a) exp(G_a - G_i)`` with both factors at
 most 1, whatever the gate: one product of the chunk with itself for each s, of which that level's blocks are
 kept. A bounded gate allows factors above 1: then one product does for all s below 32.
+
+Of K > 128 two warpgroups make the sums of a side of 128 channels each (`sides`); then the first finishes what
+relates k with k, the second what relates q with k.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import rowwise, tiles
 from pallas_kernels.gpu.channel_decay import PRESENT, across_border, token_decays, tokens_in_line
 from pallas_kernels.gpu.inverse import unit_lower_inverse
+from pallas_kernels.gpu.sides import Sides, sides_of
 from pallas_kernels.gpu.tiles import (
     CHUNK,
     COLUMN,
@@ -51,7 +56,7 @@ def channel_relations(
     all_present: bool,
     normalize: bool,
     scale: float,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
     """Relations within every chunk of 64 tokens and its operands for the walk.
 
     With n = rsqrt(|k|^2 + 1e-6) (1 unless ``normalize``), m likewise for q, G the chunk's inclusive sum of
@@ -63,7 +68,7 @@ def channel_relations(
         queries, reads, keys = scale m q exp(G), n k exp(G), n k exp(G_end - G)
 
     Args:
-      q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64 or 128.
+      q, k: [B, T, H, K] bf16 or f16; T a multiple of 8, K 64, 128 or 256.
       g: [B, T, HV, K] log decay, or its raw projection x when ``gate`` is given; any float.
       tokens: [B, HV, NC, 2, 64] float32: beta, and ABSENT (past T, padding), PRESENT or RESET.
       gate: [HV, 2, K] float32, decay rate exp(A_log) and bias: ``g = -rate softplus(x + bias)``, or with a
@@ -75,41 +80,53 @@ def channel_relations(
 
     Returns:
       queries, reads and keys [B, HV, NC, 64, K]; solve, p [B, HV, NC, 64, 64], in float16; decay
-      exp(G_end) [B, HV, NC, K] float32.
+      exp(G_end) [B, HV, NC, K] float32; of K > 128 n and scale m [B, HV, NC, 2, 64] float32, else None.
     """
     _, _, H, K = q.shape
     B, HV, NC = tokens.shape[:3]
-    halves = K // HALF
+    sides = sides_of(K)
+    halves = K // sides // HALF
     operand = jax.ShapeDtypeStruct((B, HV, NC, CHUNK, K), jnp.float16)
     square = jax.ShapeDtypeStruct((B, HV, NC, CHUNK, CHUNK), jnp.float16)
 
-    def halves_of(dtype):
-        return [tile((CHUNK, HALF), dtype)] * halves
+    def some(num, dtype):  # tiles; a side's own lie together
+        if sides == 1:
+            return [tile((CHUNK, HALF), dtype)] * num
+        return tile((sides * num, CHUNK, HALF), dtype)
 
+    def numbers(*shape):
+        return plgpu.SMEM(shape if sides == 1 else (sides, *shape), jnp.float32)
+
+    threads: dict[str, Any] = {} if sides == 1 else dict(num_threads=sides, thread_name="warpgroup")
+    wide = [] if sides == 1 else [tile((sides, 3 * CHUNK // 2, CHUNK), jnp.float32)]
     scratch = dict(
-        q_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16)),
-        k_tile=plgpu.RefUnion(halves_of(q.dtype), halves_of(jnp.float16)),
+        q_tile=plgpu.RefUnion(some(halves, q.dtype), some(halves, jnp.float16)),
+        k_tile=plgpu.RefUnion(some(halves, q.dtype), some(halves, jnp.float16)),
         g_tile=plgpu.RefUnion(
-            (halves_of(g.dtype), tile((CHUNK, CHUNK), jnp.float16)),
-            plgpu.SMEM((CHUNK, K + 8), jnp.float32),
+            (some(halves, g.dtype), some(1, jnp.float16)),
+            numbers(CHUNK, K // sides + 8),
         ),
         x_tile=plgpu.RefUnion(
-            [halves_of(jnp.float16), tile((CHUNK, HALF), jnp.float16)],
-            [tile((CHUNK, HALF), jnp.bfloat16)] * 2,
+            some(halves + 1, jnp.float16),
+            some(2 if sides == 1 else halves + 1, jnp.bfloat16),
+            *wide,
         ),
         relation_tile=tile((CHUNK, CHUNK), jnp.float16),
-        token_tile=plgpu.SMEM((2, CHUNK), jnp.float32),
-        own_tile=plgpu.SMEM((CHUNK,), jnp.float32),
-        norm_tile=plgpu.SMEM((CHUNK,), jnp.float32),
-        decay_tile=plgpu.SMEM((halves, HALF), jnp.float32),
-        g_loaded=plgpu.Barrier(num_arrivals=1 + halves + (gate is not None)),
-        loaded=plgpu.Barrier(num_arrivals=2 * halves),
+        token_tile=numbers(2, CHUNK),
+        own_tile=numbers(CHUNK),
+        norm_tile=numbers(CHUNK),
+        decay_tile=numbers(halves, HALF),
+        g_loaded=plgpu.Barrier(num_arrivals=1 + halves + (gate is not None), num_barriers=sides),
+        loaded=plgpu.Barrier(num_arrivals=2 * halves, num_barriers=sides),
     )
     if gate is not None:
-        scratch["gate_tile"] = plgpu.SMEM((2, K), jnp.float32)
+        scratch["gate_tile"] = numbers(2, K // sides)
+    if sides > 1:
+        scratch |= dict(met=plgpu.Barrier(num_arrivals=sides), sums_tile=numbers(3, CHUNK))
     kernel = plgpu.kernel(
         partial(
             _body,
+            sides=sides,
             halves=halves,
             group=HV // H,
             lower_bound=lower_bound,
@@ -121,18 +138,20 @@ def channel_relations(
             *[operand] * 3,
             square,
             square,
-            jax.ShapeDtypeStruct((B, HV, NC, halves, HALF), jnp.float32),
+            jax.ShapeDtypeStruct((B, HV, NC, K // HALF, HALF), jnp.float32),
+            *[jax.ShapeDtypeStruct((B, HV, NC, 2, CHUNK), jnp.float32)] * (sides > 1),
         ),
         scratch_types=scratch,
         grid=(NC, HV, B),
         grid_names=("chunk", "head", "batch"),
+        **threads,
         kernel_name="channel_relations",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
     plain = jnp.all(tokens[:, :, :, 1] == PRESENT, axis=-1).astype(jnp.int32)  # [B, HV, NC]
     given = (*(() if all_present else (plain,)), *(() if gate is None else (gate,)))
-    queries, reads, keys, solve, p, decay = kernel(q, k, g, tokens, *given)
-    return queries, reads, keys, solve, p, decay.reshape(B, HV, NC, K)
+    queries, reads, keys, solve, p, decay, *norms = kernel(q, k, g, tokens, *given)
+    return queries, reads, keys, solve, p, decay.reshape(B, HV, NC, K), norms[0] if norms else None
 
 
 def total(parts: list[jax.Array]) -> jax.Array:
@@ -157,6 +176,7 @@ def _body(
     decay_tile,
     g_loaded,
     loaded,
+    sides,
     halves,
     group,
     lower_bound,
@@ -164,19 +184,38 @@ def _body(
     normalize,
     scale,
     gate_tile=None,
+    sums_tile=None,
+    **met,
 ):
-    plain_ref = None if all_present else refs[0]
-    queries_ref, reads_ref, keys_ref, solve_ref, p_ref, decay_ref = refs[-6:]
-    (q_raw, q_tile), (k_raw, k_tile) = q_tile, k_tile
-    (x_tile, y_tile), near_tile = x_tile
+    given = list(refs)
+    plain_ref = None if all_present else given.pop(0)
+    gate_ref: Any = None if gate_tile is None else given.pop(0)
+    queries_ref, reads_ref, keys_ref, solve_ref, p_ref, decay_ref, *norms_ref = given
+    both = Sides(sides * halves * HALF, **met)
+    side = both.mine
+
+    def own(x):  # of what both sides have
+        return x.at[side] if sides > 1 else x
+
+    def each(x, num):  # the tiles of `some`
+        return [x.at[side * num + i] for i in range(num)] if sides > 1 else x
+
+    (q_raw, q_tile), (k_raw, k_tile) = ([each(x, halves) for x in union] for union in (q_tile, k_tile))
+    x_tiles, near_tile, *wide_tile = x_tile
+    *x_tile, y_tile = each(x_tiles, halves + 1)
+    near_tile = each(near_tile, len(x_tile) + 1 if sides > 1 else 2)[:2]
     (g_raw, sum_tile), G_tile = g_tile
+    g_raw, (sum_tile,), G_tile = each(g_raw, halves), each(sum_tile, 1), own(G_tile)
+    token_tile, own_tile, norm_tile, decay_tile = map(own, (token_tile, own_tile, norm_tile, decay_tile))
+    gate_tile, g_loaded, loaded = (None if x is None else own(x) for x in (gate_tile, g_loaded, loaded))
     c, h, b = (lax.axis_index(name) for name in ("chunk", "head", "batch"))
     here = pl.ds(c * CHUNK, CHUNK)
     square = (CHUNK, CHUNK)
     plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile, g_loaded)
     if gate_tile is not None:
-        plgpu.copy_gmem_to_smem(refs[-7].at[h], gate_tile, g_loaded)
-    halves_of_k = [pl.ds(half * HALF, HALF) for half in range(halves)]
+        of_head = gate_ref.at[h] if sides == 1 else gate_ref.at[h, :, both.channels(side)]
+        plgpu.copy_gmem_to_smem(of_head, gate_tile, g_loaded)
+    halves_of_k = [pl.ds((side * halves + half) * HALF, HALF) for half in range(halves)]
     for half, channels in enumerate(halves_of_k):
         plgpu.copy_gmem_to_smem(g_ref.at[b, here, h, channels], g_raw[half], g_loaded)
     for half, channels in enumerate(halves_of_k):
@@ -201,6 +240,8 @@ def _body(
         plgpu.commit_smem()
         sums.append(tiles.product(HALF, (sum_tile, x_tile[0]), (sum_tile, y_tile)))
         tiles.meet()  # all warps are done with what is overwritten next
+    if sides > 1:  # of both sides
+        both.meet()
     line = tokens_in_line()
     for half in range(halves):
         rowwise.scatter(G_of(half), line, sums[half])
@@ -215,6 +256,14 @@ def _body(
             kk_sums.append((k * k).sum(axis=1))
             qq_sums.append((q * q).sum(axis=1))
         own_sums.append((q * k).sum(axis=1))
+    if sides > 1:
+        every = [x for x in (kk_sums, qq_sums, own_sums) if x]
+        for i, x in enumerate(every):
+            x[:] = [total(x)]
+            sums_tile[side, i] = x[0]
+        both.meet()
+        for i, x in enumerate(every):
+            x.append(plgpu.load(sums_tile.at[1 - side, i], layout=ROW))
     if normalize:
         n, m = lax.rsqrt(total(kk_sums) + 1e-6), lax.rsqrt(total(qq_sums) + 1e-6) * scale
     else:
@@ -311,30 +360,64 @@ def _body(
         kk, qk = merged()
     else:  # a reset decays by more than such factors can hold
         kk, qk = lax.cond(plain_ref[b, h, c] != 0, merged, by_levels)
-    qk = jnp.where(row == column, rows(plgpu.load(own_tile, layout=ROW), square), qk)
-    tiles.meet()
-    x_tile[-1][...] = jnp.where(column <= row, qk, 0.0).astype(jnp.float16)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(x_tile[-1], p_ref.at[b, h, c])
-    if halves == 1:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    a = jnp.where(column < row, kk, 0.0)
-    relation_tile[...] = a.astype(jnp.float16)
-    x = unit_lower_inverse(a * rows(beta, square), y_tile, x_tile[0])
-    tiles.meet()
-    x_tile[0][...] = x.astype(jnp.float16)
-    plgpu.commit_smem()
-    solve = tiles.product(CHUNK, (relation_tile, x_tile[0]))
-    y_tile[...] = jnp.where(column < row, -solve, 0.0).astype(jnp.float16)  # read before x was stored
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(y_tile, solve_ref.at[b, h, c])
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # for p
+
+    def finish_p(qk, to):
+        qk = jnp.where(row == column, rows(plgpu.load(own_tile, layout=ROW), square), qk)
+        tiles.meet()
+        to[...] = jnp.where(column <= row, qk, 0.0).astype(jnp.float16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(to, p_ref.at[b, h, c])
+
+    def finish_solve(kk):
+        a = jnp.where(column < row, kk, 0.0)
+        relation_tile[...] = a.astype(jnp.float16)
+        x = unit_lower_inverse(a * rows(beta, square), y_tile, x_tile[0])
+        tiles.meet()
+        x_tile[0][...] = x.astype(jnp.float16)
+        plgpu.commit_smem()
+        solve = tiles.product(CHUNK, (relation_tile, x_tile[0]))
+        y_tile[...] = jnp.where(column < row, -solve, 0.0).astype(jnp.float16)  # read before x was stored
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_tile, solve_ref.at[b, h, c])
+
+    if sides == 1:
+        finish_p(qk, x_tile[-1])
+        if halves == 1:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        finish_solve(kk)
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # for p
+    else:
+        shares = [wide_tile[0].at[i, pl.ds(0, CHUNK)] for i in range(2)]
+        tiles.meet()  # all warps are done with what lay there
+
+        @pl.when(side == 0)
+        def _give_qk():
+            norms_ref[0].at[b, h, c, 0][...] = n
+            norms_ref[0].at[b, h, c, 1][...] = m
+            shares[0][...] = qk
+
+        @pl.when(side == 1)
+        def _give_kk():
+            shares[1][...] = kk
+
+        both.meet()
+
+        @pl.when(side == 0)
+        def _solve():
+            everything = kk + load(shares[1])
+            both.meet()  # nobody still reads what is overwritten next
+            finish_solve(everything)
+
+        @pl.when(side == 1)
+        def _p():
+            everything = qk + load(shares[0])
+            both.meet()
+            finish_p(everything, y_tile)
 
     # The operands of the walk: decays from the chunk's start and to its end.
-    for half in range(halves):
-        channels = pl.ds(half * HALF, HALF)
+    for half, channels in enumerate(halves_of_k):
         G = rowwise.gather(G_of(half), line, HALF)
-        end = plgpu.load(G_tile.at[CHUNK - 1, channels], layout=COLUMN)
+        end = plgpu.load(G_tile.at[CHUNK - 1, pl.ds(half * HALF, HALF)], layout=COLUMN)
         decay_tile[half] = jnp.exp2(end)
         decay, left = jnp.exp2(G).astype(jnp.float16), jnp.exp2(columns(end, square) - G).astype(jnp.float16)
         q, k = plgpu.load(q_tile[half], layout=L), plgpu.load(k_tile[half], layout=L)
@@ -346,5 +429,6 @@ def _body(
         plgpu.copy_smem_to_gmem(q_tile[half], queries_ref.at[b, h, c, :, channels])
         plgpu.copy_smem_to_gmem(x_tile[half], reads_ref.at[b, h, c, :, channels])
         plgpu.copy_smem_to_gmem(k_tile[half], keys_ref.at[b, h, c, :, channels])
-    plgpu.copy_smem_to_gmem(decay_tile, decay_ref.at[b, h, c])
+    decay = decay_ref.at[b, h, c] if sides == 1 else decay_ref.at[b, h, c, pl.ds(side * halves, halves)]
+    plgpu.copy_smem_to_gmem(decay_tile, decay)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

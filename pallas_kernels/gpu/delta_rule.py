@@ -35,6 +35,7 @@ class ChannelSaved(NamedTuple):
 
     kept: Kept
     chunks: Chunks
+    norms: jax.Array | None = None  # of K > 128, see `channel_relations`
 
 
 MOST_RUNS = 8  # of a sequence
@@ -175,7 +176,7 @@ def channel_forward(
       as `head_forward`.
     """
     tokens = tokens_of(beta, kind)
-    queries, reads, keys, solve, p, decay = channel_relations(
+    queries, reads, keys, solve, p, decay, norms = channel_relations(
         q,
         k,
         g,
@@ -189,7 +190,7 @@ def channel_forward(
     chunks = Chunks(queries, reads, keys, solve, p, tokens[:, :, :, :1], decay)
     layout = plan(v, q.shape[-1], channel=True, spans=spans)
     o, final, kept = walk(chunks, v, state, gated=True, plan=layout, keep=keep, spans=spans, enter=enter)
-    return o, final, None if kept is None else ChannelSaved(kept, chunks)
+    return o, final, None if kept is None else ChannelSaved(kept, chunks, norms)
 
 
 def channel_backward(
@@ -221,7 +222,7 @@ def channel_backward(
     Returns:
       as `head_backward`, dg [B, T, HV, K] bf16; behind it the gradient of gate [HV, 2, K] float32 or None.
     """
-    kept, chunks = saved
+    kept, chunks, norms = saved
     layout = plan(v, q.shape[-1], channel=True, spans=spans)
     dr, dv, dstates, dinitial = walk_back(
         chunks, do, dfinal, kept.moved, gated=True, plan=layout, spans=spans, leave=leave
@@ -234,6 +235,7 @@ def channel_backward(
         tokens_of(beta, kind),
         gate,
         values,
+        norms,
         lower_bound=lower_bound,
         all_present=all_present(beta, kind),
         normalize=normalize,
@@ -244,7 +246,7 @@ def channel_backward(
         drate = dA[0].sum(axis=(0, 2, 3, 4)) / gate[:, 0, 0]  # [HV], one rate for all of K
         dbias = dg.astype(jnp.float32).sum(axis=(0, 1))  # [HV, K]
         dgate = jnp.stack([jnp.zeros_like(dbias).at[:, 0].set(drate), dbias], axis=1)
-    dq, dk = over_group(dq[None], q, normalize), over_group(dk[None], k, normalize)
+    dq, dk = over_group(dq, q, normalize), over_group(dk, k, normalize)
     return dq, dk, dv, by_token(dbeta), dg, dgate, dinitial
 
 

@@ -186,14 +186,19 @@ class Parts:
         every = [plgpu.load(sums_tile.at[w, i], layout=ROW) for w in range(self.warpgroups)]
         return sum(every[1:], every[0])
 
-    def sums(self, n) -> Sums:
-        """The sums of the block's n-th turn; called for every n in order, by every warpgroup."""
+    def sums(self, n, zero: Any = None) -> Sums:
+        """The sums of the block's n-th turn; called for every n in order, by every warpgroup.
+
+        ``zero``, if given, is 0 unknown to the compiler, which then keeps fewer addresses in registers.
+        """
         wg, to = lax.axis_index("warpgroup"), self.tiles
         mine = pl.ds(wg * HALF, HALF)
         total = self.count * self.parts
 
         def part(j):
             t = n * self.parts + j
+            if zero is not None:
+                t = t + zero
             slot, state_slot = lax.rem(t, self.stages), lax.rem(t, self.state_stages)
             plgpu.barrier_wait(to.states_loaded.at[state_slot])
             plgpu.barrier_wait(to.loaded.at[slot])

@@ -173,19 +173,28 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False, spans=None):
     channel = chunks.keys is not None
     stages, warpgroups, sides = plan.stages, plan.warpgroups, sides_of(K)
     width, ring = K // sides, stages_of(stages, K)
+    late = channel and sides == 2  # one stage of what only a step's second half reads: memory holds no more
+    late_ring = (sides,) if late else ring
+    squares = (CHUNK, CHUNK) if late else (stages, CHUNK, CHUNK)
+    num_late = late * (1 + outputs + 2 * sides)
     shared: dict[str, Any] = scratch(K) | dict(
         k_tile=tile((*ring, CHUNK, width), dtype),
         v_tile=tile((stages, warpgroups, CHUNK, WIDTH), v.dtype),
-        t_tile=tile((stages, CHUNK, CHUNK), dtype),
-        factor_tile=plgpu.SMEM((stages, num_factors, CHUNK), jnp.float32),
+        t_tile=tile(squares, dtype),
+        factor_tile=plgpu.SMEM((stages + sides * late, num_factors, CHUNK), jnp.float32),
         loaded=plgpu.Barrier(
-            num_arrivals=2 + outputs + sides * (1 + 2 * channel + outputs) + warpgroups, num_barriers=stages
+            num_arrivals=2 + outputs + sides * (1 + 2 * channel + outputs) + warpgroups - num_late,
+            num_barriers=stages,
         ),
         free=plgpu.Barrier(num_arrivals=warpgroups * sides, num_barriers=stages),
     )
     if channel:
-        shared["key_tile"] = tile((*ring, CHUNK, width), dtype)
-        shared["decay_tile"] = plgpu.SMEM((*ring, width), jnp.float32)
+        shared["key_tile"] = tile((*late_ring, CHUNK, width), dtype)
+        shared["decay_tile"] = plgpu.SMEM((*late_ring, width), jnp.float32)
+    if late:
+        del shared["most_tile"]  # lies behind the factors: a small array takes a KiB
+        shared["late_loaded"] = plgpu.Barrier(num_arrivals=num_late)
+        shared["late_free"] = plgpu.Barrier(num_arrivals=sides)
     shared["out_tiles"] = _out_tiles(
         plan.warpgroups * sides, width, v.dtype, sides, outputs, outputs and keep
     )
@@ -194,7 +203,7 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False, spans=None):
         # A side's product with the state goes where its part of q lay.
         asked = tile((*ring, CHUNK, WIDTH), jnp.float32)
         shared["q_tile"] = plgpu.RefUnion(q_tile, asked) if sides == 2 else q_tile
-        shared["p_tile"] = tile((stages, CHUNK, CHUNK), dtype)
+        shared["p_tile"] = tile(squares, dtype)
         runs, rows_out = plan.runs, V
     else:
         runs, rows_out = plan.runs - 1 + keep, V + K
@@ -205,6 +214,7 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False, spans=None):
             jax.ShapeDtypeStruct((B, HV, NC, V, K), jnp.bfloat16),
             jax.ShapeDtypeStruct((2, *v.shape), jnp.bfloat16),
         )
+    no_scratch: dict[str, Any] = dict(reduction_scratch_bytes=0) if late else {}  # no sum crosses warps
     kernel = plgpu.kernel(
         partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
         out_type=results if outputs else states_out,
@@ -215,7 +225,11 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False, spans=None):
         thread_name="warpgroup",
         kernel_name="delta_walk" if outputs else "delta_runs",
         # Staging outputs already keeps the warps together: `commit_smem` and `wait_smem_to_gmem`.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=outputs),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=outputs,
+            **no_scratch,
+        ),
     )
     return kernel(chunks, v, state, spans)
 
@@ -255,6 +269,8 @@ def _body(
     out_tiles: Any = (),
     key_tile=None,
     decay_tile=None,
+    late_loaded=None,
+    late_free=None,
     **met,
 ):
     o_ref, final_ref, *kept_refs = refs if outputs else (None, *refs)
@@ -264,6 +280,8 @@ def _body(
     state_tile: Any = own_tiles.pop(0) if kept_refs else None
     share_tile: Any = own_tiles.pop(0) if own_tiles else None
     h, wg = lax.axis_index("head"), lax.axis_index("warpgroup")
+    if late_loaded is not None:
+        met["most_tile"] = factor_tile.at[pl.ds(plan.stages, 2), 0]
     sides = Sides(chunks.reads.shape[-1], **met)
     side, of_side = sides.mine, sides.channels(sides.mine)
     asked_tile: Any = None
@@ -289,6 +307,19 @@ def _body(
     if spans_ref is not None:
         even, start, count = False, spans_ref[b, run, 0], spans_ref[b, run, 1]
 
+    def square_of(ring, slot):
+        return ring.at[slot] if slot is not None else ring
+
+    def by_sides(ref, at, to, slot, bar):
+        for i in range(sides.number):
+            plgpu.copy_gmem_to_smem(ref.at[*at, sides.channels(i)], sides.part(to, slot, i), bar)
+
+    def load_writes(c, slot, bar):
+        plgpu.copy_gmem_to_smem(chunks.solve.at[b, h, c], square_of(t_tile, slot), bar)
+        if channel:
+            by_sides(chunks.keys, (b, h, c, slice(None)), key_tile, slot, bar)
+            by_sides(chunks.decay, (b, h, c), decay_tile, slot, bar)
+
     def load_chunk(i, slot):
         c, bar = start + i, loaded.at[slot]
         here = pl.ds(c * CHUNK, CHUNK)
@@ -297,10 +328,6 @@ def _body(
         def load_v():
             plgpu.copy_gmem_to_smem(v_ref.at[b, here, h, v_columns], v_tile.at[slot, of_block], bar)
 
-        def by_sides(ref, to):
-            for i in range(sides.number):
-                plgpu.copy_gmem_to_smem(ref.at[*of_chunk, sides.channels(i)], sides.part(to, slot, i), bar)
-
         if sides.number == 1:
             load_v()
 
@@ -308,21 +335,29 @@ def _body(
         def _shared():
             if sides.number == 2:
                 load_v()
-            by_sides(chunks.reads, k_tile)
+            by_sides(chunks.reads, of_chunk, k_tile, slot, bar)
             plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
-            plgpu.copy_gmem_to_smem(chunks.solve.at[b, h, c], t_tile.at[slot], bar)
-            if channel:
-                by_sides(chunks.keys, key_tile)
-                for i in range(sides.number):
-                    source = chunks.decay.at[b, h, c, sides.channels(i)]
-                    plgpu.copy_gmem_to_smem(source, sides.part(decay_tile, slot, i), bar)
+            if late_loaded is None:
+                load_writes(c, slot, bar)
             if outputs:
-                by_sides(chunks.queries, q_tile)
-                plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
+                by_sides(chunks.queries, of_chunk, q_tile, slot, bar)
+                if late_loaded is None:
+                    plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
+
+    def load_late(i):
+        load_writes(start + i, None, late_loaded)
+        if outputs:
+            plgpu.copy_gmem_to_smem(chunks.p.at[b, h, start + i], p_tile, late_loaded)
 
     @pl.loop(0, min(ahead, per_run) if even else lax.min(ahead, count))
     def _first(i):
         load_chunk(i, i)
+
+    if late_loaded is not None:
+
+        @pl.when((wg == 0) & (count > 0))
+        def _first_late():
+            load_late(0)
 
     if state_ref is not None:
         S = plgpu.load(state_ref.at[b, run, h, mine, of_side], layout=L, optimized=False)
@@ -416,7 +451,11 @@ def _body(
 
             load_chunk(i + ahead, next_slot)
 
-        tt = t_tile.at[slot].transpose((1, 0))
+        late_slot: Any = slot
+        if late_loaded is not None:
+            plgpu.barrier_wait(late_loaded)
+            late_slot = None
+        tt = square_of(t_tile, late_slot).transpose((1, 0))
         strong = split(R * by_token(BETA), dtype)
         written = tiles.add_products((R, [(term, tt) for term in strong]))[0]  # U^T [V, C]
 
@@ -438,14 +477,14 @@ def _body(
         values = written * by_token(BETA)
         new_terms = kept_terms = split(values, dtype)
         if channel:
-            S = S * columns(plgpu.load(sides.part(decay_tile, slot), layout=COLUMN), S.shape)
+            S = S * columns(plgpu.load(sides.part(decay_tile, late_slot), layout=COLUMN), S.shape)
         elif gated:
             kept_terms = split(values * by_token(KEEP), dtype)
             S = S * rows(plgpu.load(factor.at[DECAY], layout=ROW), S.shape)
-        keys = sides.part(key_tile if channel else k_tile, slot)
+        keys = sides.part(key_tile, late_slot) if channel else sides.part(k_tile, slot)
         kept = [(term, keys) for term in kept_terms]
         if outputs:
-            asked = [(term, p_tile.at[slot].transpose((1, 0))) for term in new_terms]
+            asked = [(term, square_of(p_tile, late_slot).transpose((1, 0))) for term in new_terms]
         if outputs and sides.number == 1:
             S, o = tiles.add_products(
                 (S, kept), (o if channel else o * by_token(OUT), asked)
@@ -472,6 +511,17 @@ def _body(
         @pl.when(i + stages < count)  # somebody will wait
         def _free():
             plgpu.barrier_arrive(free.at[slot])
+
+        if late_free is not None:
+
+            @pl.when(i + 1 < count)
+            def _late():
+                plgpu.barrier_arrive(late_free)
+
+                @pl.when(wg == 0)
+                def _next():
+                    plgpu.barrier_wait(late_free)
+                    load_late(i + 1)
 
         if outputs and sides.number == 1:
             leave(o)

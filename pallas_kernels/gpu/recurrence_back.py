@@ -82,19 +82,26 @@ def _call(chunks, do, state, gated, plan, *, outputs, spans=None, whole=False):
     channel = chunks.keys is not None
     stages, warpgroups, sides = plan.stages, plan.warpgroups, sides_of(K)
     width, ring = K // sides, stages_of(stages, K)
+    late = channel and sides == 2  # one stage of what only a step's end reads: memory holds no more
+    late_ring = (sides,) if late else ring
     shared: dict[str, Any] = scratch(K) | dict(
-        q_tile=tile((*ring, CHUNK, width), dtype),
-        k_tile=tile((*ring, CHUNK, width), dtype),
+        q_tile=tile((*late_ring, CHUNK, width), dtype),
+        k_tile=tile((*late_ring, CHUNK, width), dtype),
         p_tile=tile((stages, CHUNK, CHUNK), dtype),
         t_tile=tile((stages, CHUNK, CHUNK), dtype),
         do_tile=tile((stages, warpgroups, CHUNK, WIDTH), do.dtype),
         factor_tile=plgpu.SMEM((stages, num_factors, CHUNK), jnp.float32),
-        loaded=plgpu.Barrier(num_arrivals=3 + sides * (2 + 2 * channel) + warpgroups, num_barriers=stages),
+        loaded=plgpu.Barrier(
+            num_arrivals=3 + sides * (2 + 2 * channel - 2 * late) + warpgroups, num_barriers=stages
+        ),
         free=plgpu.Barrier(num_arrivals=warpgroups * sides, num_barriers=stages),
     )
     if channel:
         shared["key_tile"] = tile((*ring, CHUNK, width), dtype)
         shared["decay_tile"] = plgpu.SMEM((*ring, width), jnp.float32)
+    if late:
+        shared["late_loaded"] = plgpu.Barrier(num_arrivals=2 * sides)
+        shared["late_free"] = plgpu.Barrier(num_arrivals=sides)
     first_run = 0 if outputs or whole else 1
     runs = plan.runs - first_run
     results: Any = jax.ShapeDtypeStruct((B, runs, HV, V, K), jnp.float32)
@@ -149,6 +156,8 @@ def _body(
     key_tile=None,
     decay_tile=None,
     out_tiles: Any = (),
+    late_loaded=None,
+    late_free=None,
     **met,
 ):
     *out_refs, first_ref = refs
@@ -181,6 +190,14 @@ def _body(
     def chunk_of(i):
         return start + count - 1 - i
 
+    def by_sides(ref, at, to, slot, bar):
+        for i in range(sides.number):
+            plgpu.copy_gmem_to_smem(ref.at[*at, sides.channels(i)], sides.part(to, slot, i), bar)
+
+    def load_late(i):
+        for ref, to in ((chunks.reads, k_tile), (chunks.queries, q_tile)):
+            by_sides(ref, (b, h, chunk_of(i), slice(None)), to, None, late_loaded)
+
     def load_chunk(i, slot):
         c, bar = chunk_of(i), loaded.at[slot]
         here = pl.ds(c * CHUNK, CHUNK)
@@ -189,10 +206,6 @@ def _body(
         def load_do():
             plgpu.copy_gmem_to_smem(do_ref.at[b, here, h, mine], do_tile.at[slot, of_block], bar)
 
-        def by_sides(ref, to):
-            for i in range(sides.number):
-                plgpu.copy_gmem_to_smem(ref.at[*of_chunk, sides.channels(i)], sides.part(to, slot, i), bar)
-
         if sides.number == 1:
             load_do()
 
@@ -200,20 +213,26 @@ def _body(
         def _shared():
             if sides.number == 2:
                 load_do()
-            by_sides(chunks.reads, k_tile)
+            if late_loaded is None:
+                by_sides(chunks.reads, of_chunk, k_tile, slot, bar)
             plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.solve.at[b, h, c], t_tile.at[slot], bar)
-            by_sides(chunks.queries, q_tile)
+            if late_loaded is None:
+                by_sides(chunks.queries, of_chunk, q_tile, slot, bar)
             if channel:
-                by_sides(chunks.keys, key_tile)
-                for i in range(sides.number):
-                    source = chunks.decay.at[b, h, c, sides.channels(i)]
-                    plgpu.copy_gmem_to_smem(source, sides.part(decay_tile, slot, i), bar)
+                by_sides(chunks.keys, of_chunk, key_tile, slot, bar)
+                by_sides(chunks.decay, (b, h, c), decay_tile, slot, bar)
 
     @pl.loop(0, min(ahead, per_run) if even else lax.min(ahead, count))
     def _first(i):
         load_chunk(i, i)
+
+    if late_loaded is not None:
+
+        @pl.when((wg == 0) & (count > 0))
+        def _first_late():
+            load_late(0)
 
     if state_ref is not None:
         S = plgpu.load(state_ref.at[b, run, h, mine, of_side], layout=L, optimized=False)
@@ -288,9 +307,24 @@ def _body(
             asked = split(do.astype(jnp.float32) * by_token(OUT), dtype)
         dvalues = dr * by_token(BETA)
         read = split(-dvalues if channel else dvalues * -by_token(READ), dtype)
-        back = [(term, sides.part(q_tile, slot)) for term in asked]
-        back += [(term, sides.part(k_tile, slot)) for term in read]
+        late_slot: Any = slot
+        if late_loaded is not None:
+            plgpu.barrier_wait(late_loaded)
+            late_slot = None
+        back = [(term, sides.part(q_tile, late_slot)) for term in asked]
+        back += [(term, sides.part(k_tile, late_slot)) for term in read]
         S = tiles.add_products((S, back))[0]  # [V, K]
+
+        if late_free is not None:
+
+            @pl.when(i + 1 < count)
+            def _late():
+                plgpu.barrier_arrive(late_free)
+
+                @pl.when(wg == 0)
+                def _next():
+                    plgpu.barrier_wait(late_free)
+                    load_late(i + 1)
 
         if sides.number == 2:
             sides.wait_taken()

@@ -69,8 +69,11 @@ class Sides:
         return lax.axis_index("warpgroup") if self.number == 2 else 0
 
     def part(self, ring, slot, side=None) -> Any:
-        """This warpgroup's (or a side's) tile of a ring."""
-        return ring.at[slot] if self.number == 1 else ring.at[slot, self.mine if side is None else side]
+        """This warpgroup's (or a side's) tile of a ring, or of what has but one stage (slot None)."""
+        if self.number == 1:
+            return ring.at[slot]
+        side = self.mine if side is None else side
+        return ring.at[side] if slot is None else ring.at[slot, side]
 
     def channels(self, side) -> Any:
         """Which of K."""

@@ -111,7 +111,17 @@ GRADIENTS = [
     cases.Case("channel", T=130, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False),
     cases.Case("channel", T=65, K=64, V=64, decay="slow"),
     cases.Case("channel", T=130, K=64, V=64, decay="half50", beta_max=2.0, initial=False),
-    cases.Case("head", T=65, K=256, V=64, decay="softplus", segments="packed"),
+    cases.Case("channel", T=65, K=256, V=64, decay="softplus"),
+    pytest.param(
+        cases.Case("head", T=65, K=256, V=64, decay="softplus", segments="packed"), marks=pytest.mark.slow
+    ),
+    pytest.param(
+        cases.Case("channel", T=130, K=256, V=128, H=1, HV=2, decay="bounded", segments="packed"),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        cases.Case("channel", T=130, K=256, V=64, decay="bounded", segments="states"), marks=pytest.mark.slow
+    ),
     pytest.param(cases.Case("none", T=130, K=64, V=64, H=1, HV=2, segments="states"), marks=pytest.mark.slow),
     cases.Case("head", T=130, K=64, V=64, decay="slow", segments="states"),
     pytest.param(
@@ -131,6 +141,7 @@ def test_interpreted_backward_agrees_with_the_recurrence(case, monkeypatch):
     [
         cases.Case("head", T=65, K=64, V=64, decay="slow", beta_max=2.0),
         cases.Case("channel", T=65, K=64, V=64, decay="softplus"),
+        cases.Case("channel", T=70, K=200, V=64, decay="half50", beta_max=2.0),
     ],
     ids=str,
 )
@@ -145,6 +156,9 @@ def test_interpreted_backward_of_float16(case, monkeypatch):
         cases.Case("channel", T=300, K=64, V=64, decay="slow"),
         pytest.param(
             cases.Case("none", T=300, K=256, V=64, beta_max=2.0, normalize=False), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            cases.Case("channel", T=300, K=256, V=64, decay="slow", normalize=False), marks=pytest.mark.slow
         ),
     ],
     ids=str,
@@ -327,6 +341,7 @@ def test_lowers_for_cuda(case, dtype, monkeypatch):
         (cases.Case("none", T=4100, K=128, V=128), True),
         (cases.Case("none", T=130, K=64, V=256, HV=2, segments="packed"), False),
         (cases.Case("head", T=130, K=256, V=512), False),
+        (cases.Case("channel", T=65, K=256, V=64, decay="softplus"), False),
     ],
     ids=str,
 )
@@ -336,7 +351,8 @@ def test_backward_lowers_for_cuda(case, runs, monkeypatch):
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
     traced = jax.jit(lambda x: cases.outputs_and_gradients(case, x, "pallas")).trace(x)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "delta_walk_back" in text and "head_gradients" in text
+    assert "delta_walk_back" in text
+    assert ("channel_gradients" if case.gate == "channel" else "head_gradients") in text
     assert ("delta_runs_back" in text) == runs
 
 
@@ -397,7 +413,6 @@ def test_few_heads_walk_in_runs():
     ("change", "why"),
     [
         (dict(dtype="float32"), "must be all bfloat16 or all float16"),
-        (dict(gate="channel", K=256), "head size K is at most 128"),
         (dict(chunk_size=32), "chunk_size is 64"),
     ],
 )
@@ -426,6 +441,16 @@ def test_kernels_are_the_default_where_they_support_the_call(case, monkeypatch):
     )
     traced = jax.jit(lambda x: cases.call(case, x, None)).trace(x)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_wide_heads_with_a_gate_a_channel_ask_for_their_kernels(monkeypatch):
+    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
+    case = cases.Case("channel", T=64, K=256, V=64)
+    x = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cases.arrays(case, jnp.dtype("bfloat16"))
+    )
+    traced = jax.jit(lambda x: cases.call(case, x, None)).trace(x)
+    assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("segments", ["packed", "states"])
