@@ -43,7 +43,7 @@ class Options:
 
     gate: tuple[str, ...] = ("none", "head", "channel")
     """Gate kinds."""
-    sizes: tuple[tuple[int, int], ...] = ((128, 128), (64, 64))
+    sizes: tuple[tuple[int, int], ...] = ((128, 128), (64, 64), (256, 256))
     """K, V of each."""
     T: int = 4096
     """Tokens; sequences as long as that are walked in runs where there are few heads, as here."""
