@@ -123,7 +123,9 @@ def main() -> int:
     parser.add_argument(
         "--small", action="store_true", help="two-layer models, on one mesh of three axes each, 6 steps"
     )
-    small = parser.parse_args().small
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, "experts"], help="these models only")
+    options = parser.parse_args()
+    small = options.small
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     os.environ |= {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
     models = {"hybrid": ("gated_delta_net", "full_attention")} if small else MODELS
@@ -139,6 +141,8 @@ def main() -> int:
     some = list(EXPERT_MESHES)[-1:] if small else list(EXPERT_MESHES)
     cases.append(("experts", expert_config(seq_len, 1 if small else 2), {m: EXPERT_MESHES[m] for m in some}))
     for name, config, on in cases:
+        if options.models and name not in options.models:
+            continue
         config = config.replace(implementation="scan" if small else None)  # the quickest to compile
         one, _ = curve(config, dict(data=1, fsdp=1), steps, rows, seq_len)
         assert one[-1] < one[0], f"{name} does not learn: {one}"
