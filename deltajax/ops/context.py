@@ -13,7 +13,7 @@ values, R what it puts out on the way. So values ``[v | 0]`` from the state ``[0
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def enter(added: Array, moved: Array, inputs: Inputs, options: Options) -> Float
     ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, name)
     start = initial_state(inputs, options).astype(added.dtype)
     moved = _where_continued(moved, ends)
-    maps = lax.all_gather(vary_alike(added, moved, inputs.v)[:2], name)  # [devices, B, HV, K, .]
+    maps = _gathered(vary_alike(added, moved, inputs.v)[:2], name)  # [devices, B, HV, K, .]
     return _where_continued(_fold(start, maps, lax.axis_size(name), lax.axis_index(name)), ends)
 
 
@@ -87,7 +87,7 @@ def leave(
     ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, name)
     added = _where_continued(added + _product(moved, dfinal), ends)
     moved = _where_continued(moved, ends)
-    maps = lax.all_gather(vary_alike(added, moved, inputs.v)[:2], name)
+    maps = _gathered(vary_alike(added, moved, inputs.v)[:2], name)
     devices = lax.axis_size(name)
     maps, device = jax.tree.map(lambda x: x[::-1], maps), devices - 1 - lax.axis_index(name)
     return dfinal + _fold(jnp.zeros_like(dfinal), maps, devices, device)
@@ -180,7 +180,7 @@ def _join(
     leaving = finals
     if options.num_segments is not None:
         leaving = _leaving(finals, _identity_map(inputs, start), ends)  # [N | M]
-    maps = lax.all_gather((leaving[..., :V], leaving[..., V:]), name)  # [devices, B, HV, K, .]
+    maps = _gathered((leaving[..., :V], leaving[..., V:]), name)  # [devices, B, HV, K, .]
     entering = start if options.num_segments is None else jnp.zeros_like(maps[0][0])
     entering = _fold(entering, maps, lax.axis_size(name), lax.axis_index(name))
     # R is 0 past the first segment, and everywhere if that does not go on from the entering state.
@@ -188,6 +188,14 @@ def _join(
     if options.num_segments is not None:
         entering = entering[:, None]
     return o, finals[..., :V] + _product(finals[..., V:], entering)
+
+
+def _gathered(tree: Any, axis_name: str) -> Any:
+    """[devices, ...] of arrays [...].
+
+    Tiled: of the derivative of an untiled all-gather, jax 0.11 takes a wrong axis for the one of `jax.vmap`.
+    """
+    return lax.all_gather(jax.tree.map(lambda x: x[None], tree), axis_name, tiled=True)
 
 
 def _product(M: Float[Array, "... K K"], S: Float[Array, "... K V"]) -> Float[Array, "... K V"]:
@@ -239,7 +247,7 @@ def _ends(ids: Int[Array, "B T"], options: Options, axis_name: str) -> _Ends:
     has = jnp.any(real, axis=1)
     first = jnp.where(has, ids[row, jnp.argmax(real, axis=1)], 0)
     last = jnp.where(has, ids[row, T - 1 - jnp.argmax(real[:, ::-1], axis=1)], 0)
-    lasts = lax.all_gather(last, axis_name)  # [devices, B]
+    lasts = _gathered(last, axis_name)  # [devices, B]
     earlier = (jnp.arange(lasts.shape[0]) < lax.axis_index(axis_name))[:, None] & (lasts != 0)
     latest = jnp.max(jnp.where(earlier, jnp.arange(lasts.shape[0])[:, None], -1), axis=0)  # [B]
     before = jnp.where(latest < 0, 0, lasts[jnp.maximum(latest, 0), row])

@@ -53,13 +53,31 @@ def mesh(**axes):
 
 
 @cache
-def sharded(case: Case, specs: tuple, devices, implementation, check_vma: bool, axis_name: str | None):
-    """The jitted outputs and gradients of all cases of one program (`cases.program`), under shard_map."""
+def sharded(
+    case: Case,
+    specs: tuple,
+    devices,
+    implementation,
+    check_vma: bool,
+    axis_name: str | None,
+    by_row: bool = False,
+):
+    """The jitted outputs and gradients of all cases of one program (`cases.program`), under shard_map.
+
+    ``by_row``: of one call a row, by `jax.vmap`.
+    """
     places = dict(specs)
+
+    def call(x: dict):
+        return cases.call(case, x, implementation, axis_name=axis_name)
+
+    def mapped(x: dict):
+        outputs = jax.vmap(call)(jax.tree.map(lambda a: a[:, None], x))
+        return jax.tree.map(lambda a: a[:, 0], outputs)
 
     def run(x: dict):
         op = jax.shard_map(
-            lambda x: cases.call(case, x, implementation, axis_name=axis_name),
+            mapped if by_row else call,
             mesh=devices,
             in_specs=({n: places[n] for n in x},),
             out_specs=(places["do"], places["dstate"]),
@@ -77,10 +95,12 @@ def sharded(case: Case, specs: tuple, devices, implementation, check_vma: bool, 
     return jax.jit(run)
 
 
-def errors(case: Case, x: dict, specs: dict, devices, implementation, check_vma=True, axis_name=None) -> dict:
+def errors(
+    case: Case, x: dict, specs: dict, devices, implementation, check_vma=True, axis_name=None, by_row=False
+) -> dict:
     """Relative errors of outputs and gradients under shard_map against the unsharded float64 scan."""
     places = tuple(specs.items())
-    op = sharded(cases.program(case), places, devices, implementation, check_vma, axis_name)
+    op = sharded(cases.program(case), places, devices, implementation, check_vma, axis_name, by_row)
     got, expected = op(jax.tree.map(jnp.asarray, x)), cases.reference(case, x)
     return {n: cases.relative_error(got[n], expected[n]) for n in expected}
 
@@ -134,6 +154,14 @@ def context_parallel_edges():
                 continue
             got = errors(case, x, context_specs(), mesh(context=4), None, check_vma, axis_name="context")
             yield f"{case} edges, check_vma {check_vma}", got
+
+
+def context_parallel_by_row():
+    """Under `jax.vmap`, whose axis has to find its way through what devices exchange, and its derivative."""
+    case = Case("none", T=48, B=4, HV=2, K=16, V=8, segments="packed")
+    x = cases.arrays(case, np.float32) | {"segment_ids": np.array(EDGES, np.int32)}
+    got = errors(case, x, context_specs(), mesh(context=4), None, axis_name="context", by_row=True)
+    yield f"{case} context 4", got
 
 
 def maps_of_tokens(inputs, options):
@@ -228,6 +256,7 @@ def main() -> int:
         rows_and_heads,
         context_parallel,
         context_parallel_edges,
+        context_parallel_by_row,
         context_parallel_of_kernels,
         convolution,
     )
