@@ -67,3 +67,9 @@ def dot_split_left(x: jax.Array, y: jax.Array, passes: int = 1, deep: bool = Tru
         return bf16_dot(jnp.concatenate(halves(x), axis=1), jnp.concatenate([y, y], axis=0))
     product = bf16_dot(jnp.concatenate(halves(x), axis=0), y)
     return product[: x.shape[0]] + product[x.shape[0] :]
+
+
+def dot_split_right(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y^T with y to 2^-16 and x rounded to bfloat16."""
+    x = x.astype(jnp.bfloat16)
+    return bf16_dot(jnp.concatenate([x, x], axis=1), jnp.concatenate(halves(y), axis=1), NT)
