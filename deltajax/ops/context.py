@@ -65,7 +65,7 @@ def enter(added: Array, moved: Array, inputs: Inputs, options: Options) -> Float
       inputs, options: the call's.
     """
     name = _name(options)
-    ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, name)
+    ends = _place(inputs, options)
     start = initial_state(inputs, options).astype(added.dtype)
     moved = _where_continued(moved, ends)
     maps = _gathered(vary_alike(added, moved, inputs.v)[:2], name)  # [devices, B, HV, K, .]
@@ -84,7 +84,7 @@ def leave(
       inputs, options: the call's.
     """
     name = _name(options)
-    ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, name)
+    ends = _place(inputs, options)
     added = _where_continued(added + _product(moved, dfinal), ends)
     moved = _where_continued(moved, ends)
     maps = _gathered(vary_alike(added, moved, inputs.v)[:2], name)
@@ -102,6 +102,12 @@ def _where_continued(x: Array, ends: _Ends | None) -> Array:
     return x if ends is None else jnp.where(_per_row(ends.continues), x, 0)
 
 
+def _place(inputs: Inputs, options: Options) -> _Ends | None:
+    """Where this device stands in its rows' segments, None without any; an all-gather finds it."""
+    ids = inputs.segment_ids
+    return None if ids is None else _ends(ids, options, _name(options))
+
+
 def forward(run_local: Run, inputs: Inputs, options: Options) -> tuple[Array, Array]:
     """The op on this device's tokens of rows that go on over ``options.axis_name``.
 
@@ -113,9 +119,15 @@ def forward(run_local: Run, inputs: Inputs, options: Options) -> tuple[Array, Ar
     Returns:
       o of this device's tokens; the state (or the segments' states) behind them, for `whole_final`.
     """
-    outputs, finals = run_local(extend(inputs, options), _alone(options))
+    ends = _place(inputs, options)
+    outputs, finals = run_local(extend(inputs, options, ends), _alone(options))
+    return _join(inputs, options, ends, *_parted(outputs, inputs), finals)
+
+
+def _parted(outputs: Float[Array, "B T HV V+K"], inputs: Inputs) -> tuple[Array, Array]:
+    """o_0 and R of a device's own call."""
     V = inputs.v.shape[-1]
-    return _join(inputs, options, outputs[..., :V], outputs[..., V:], finals)
+    return outputs[..., :V], outputs[..., V:]
 
 
 def saving(
@@ -124,10 +136,16 @@ def saving(
     options: Options,
 ) -> tuple[Array, Array, tuple[Array, ...]]:
     """`forward`, and what `backward` reads."""
-    outputs, finals, own = run_local(extend(inputs, options), _alone(options))
-    V = inputs.v.shape[-1]
-    response = outputs[..., V:]
-    return *_join(inputs, options, outputs[..., :V], response, finals), (response, finals, *own)
+    ends = _place(inputs, options)
+    outputs, finals, own = run_local(extend(inputs, options, ends), _alone(options))
+    o, response = _parted(outputs, inputs)
+    return *_join(inputs, options, ends, o, response, finals), (response, finals, *own)
+
+
+def made_again(run_local: Run, inputs: Inputs, options: Options) -> tuple[Array, Array]:
+    """What `backward` reads, for an op that keeps nothing."""
+    outputs, finals = run_local(extend(inputs, options, _place(inputs, options)), _alone(options))
+    return _parted(outputs, inputs)[1], finals
 
 
 def backward(
@@ -141,18 +159,17 @@ def backward(
     *own: Array,
 ) -> Inputs:
     """Gradients of all float inputs of `forward`, None for the others."""
-    floats = inputs._replace(segment_ids=None)
+    floats, ends = inputs._replace(segment_ids=None), _place(inputs, options)
 
     def of_floats(floats: Inputs) -> Inputs:
-        return extend(_with_ids(floats, inputs), options)._replace(segment_ids=None)
+        return extend(_with_ids(floats, inputs), options, ends)._replace(segment_ids=None)
 
     def join(initial: Array | None, *op: Array) -> tuple[Array, Array]:
-        return _join(inputs._replace(initial_state=initial), options, *op)
+        return _join(inputs._replace(initial_state=initial), options, ends, *op)
 
     extended, pull_inputs = jax.vjp(of_floats, floats)
-    _, pull = jax.vjp(
-        join, inputs.initial_state, jnp.zeros_like(do), response, finals
-    )  # o is linear in the zeros
+    # o is linear in what stands for o_0.
+    _, pull = jax.vjp(join, inputs.initial_state, jnp.zeros_like(do), response, finals)
     dinitial, do, dresponse, dfinals = pull((do, dfinal))
     dextended = run_back(
         _with_ids(extended, inputs), _alone(options), jnp.concatenate([do, dresponse], axis=-1), dfinals, *own
@@ -171,12 +188,16 @@ def _alone(options: Options) -> Options:
 
 
 def _join(
-    inputs: Inputs, options: Options, o: Array, response: Float[Array, "B T HV K"], finals: Array
+    inputs: Inputs,
+    options: Options,
+    ends: _Ends | None,
+    o: Array,
+    response: Float[Array, "B T HV K"],
+    finals: Array,
 ) -> tuple[Array, Array]:
     """Outputs and final states of the state that really entered, from those of values [v | 0]."""
     name, V = _name(options), inputs.v.shape[-1]
     start = initial_state(inputs, options)
-    ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, name)
     leaving = finals
     if options.num_segments is not None:
         leaving = _leaving(finals, _identity_map(inputs, start), ends)  # [N | M]
@@ -271,10 +292,9 @@ def _identity_map(inputs: Inputs, start: Array) -> Float[Array, "B HV K V+K"]:
     return jnp.concatenate([jnp.zeros((B, HV, K, V), start.dtype), identity], axis=-1)
 
 
-def extend(inputs: Inputs, options: Options) -> Inputs:
+def extend(inputs: Inputs, options: Options, ends: _Ends | None) -> Inputs:
     """The inputs with values [v | 0], and [0 | I] for the state that enters this device."""
     start = initial_state(inputs, options)
-    ends = None if inputs.segment_ids is None else _ends(inputs.segment_ids, options, _name(options))
     entering = _identity_map(inputs, start)
     K = inputs.q.shape[-1]
     v = jnp.concatenate([inputs.v, jnp.zeros((*inputs.v.shape[:-1], K), inputs.v.dtype)], axis=-1)
@@ -284,6 +304,12 @@ def extend(inputs: Inputs, options: Options) -> Inputs:
         states = jnp.concatenate([start, jnp.zeros((*start.shape[:-1], K), start.dtype)], axis=-1)
         entering = _with_first(states, entering, ends)
     return Inputs(*vary_alike(*inputs._replace(v=v, initial_state=entering)))
+
+
+def extended_shapes(inputs: Inputs, options: Options) -> Inputs:
+    """The shapes of a device's own call."""
+    shapes: Any = jax.eval_shape(lambda inputs: extend(inputs, options, _place(inputs, options)), inputs)
+    return shapes
 
 
 def _leaving(finals: Float[Array, "B N HV K D"], unchanged: Array, ends: _Ends | None) -> Array:

@@ -74,9 +74,8 @@ def run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[A
 
 def _run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[Array, Array]:
     if implementation == "scan":
-        return (
-            _scan(inputs, options) if options.axis_name is None else context.forward(_scan, inputs, options)
-        )
+        forward = _scan if options.axis_name is None else partial(context.forward, _scan)
+        return forward(inputs, options)
     if implementation == "chunked":
         return _op(inputs, options, (), True)
     if implementation not in ("pallas", None):
@@ -91,8 +90,7 @@ def _run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[
 
 def _unsupported(kernel: Kernel, inputs: Inputs, options: Options) -> str | None:
     if options.axis_name is not None and not kernel.spreads(options):
-        shapes: Any = jax.eval_shape(lambda inputs: context.extend(inputs, options), inputs)
-        inputs = shapes
+        inputs = context.extended_shapes(inputs, options)
     return kernel.unsupported(inputs, options)
 
 
@@ -105,9 +103,7 @@ def _halves(platform: str | None, options: Options) -> Kernel:
 
     def backward(inputs, options, do, dfinal, *saved):
         if saves is None:  # nothing is kept of the op's own, so not of this either
-            alone = dataclasses.replace(options, axis_name=None)
-            outputs, finals = kernel.forward(context.extend(inputs, options), alone)
-            saved = (outputs[..., inputs.v.shape[-1] :], finals)
+            saved = context.made_again(kernel.forward, inputs, options)
         return context.backward(kernel.backward, inputs, options, do, dfinal, *saved)
 
     return Kernel(
