@@ -7,34 +7,19 @@ Times are wall times of queued calls: with several GPUs, of the slowest.
 """
 
 import argparse
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import problems
+from benchmarks.hopper import TOLERANCE, TOLERANCES
+from benchmarks.op_times import elapsed_ms
 from tests import cases
 
-LIMITS = {"o": 5e-3, "final_state": 5e-3, "dbeta": 2e-2, "dg": 2e-2, "dA_log": 2e-2, "ddt_bias": 2e-2}
-OTHERS = 8e-3
 ON_AXIS = ("q", "k", "v", "g", "beta", "do", "segment_ids")
 TIMED = ("delta", "gated", "kda_safe", "kda_softplus")
-
-
-def gradients(op, x: dict) -> dict:
-    """(o, final_state) of op(x) and the gradients of <o, do> + <final_state, dstate>."""
-
-    def loss(floats):
-        o, state = op({**x, **floats})
-        wide = o.astype(jnp.float32) * x["do"].astype(jnp.float32)
-        return jnp.sum(wide) + jnp.sum(state * x["dstate"]), (o, state)
-
-    floats = {n: a for n, a in x.items() if n not in cases.NOT_DIFFERENTIATED}
-    found, (o, state) = jax.grad(loss, has_aux=True)(floats)
-    return {"o": o, "final_state": state} | {f"d{n}": g for n, g in found.items()}
 
 
 def check(mesh, devices: int) -> bool:
@@ -56,27 +41,17 @@ def check(mesh, devices: int) -> bool:
                 out_specs=(P(None, "context"), P()),
             )
             alone = lambda x, case=case: cases.call(case, x, "pallas")  # noqa: E731
-            got, expected = (jax.jit(lambda x, op=op: gradients(op, x))(x) for op in (spread, alone))
+            got, expected = (
+                jax.jit(lambda x, op=op: cases.with_gradients(op, x))(x) for op in (spread, alone)
+            )
             errors = {n: cases.relative_error(got[n], expected[n]) for n in expected}
-            bad = {n: e for n, e in errors.items() if not e <= LIMITS.get(n, OTHERS)}
+            bad = {n: e for n, e in errors.items() if not e <= TOLERANCES.get(n, TOLERANCE)}
             top = max(errors, key=lambda n: errors[n])
             print(
                 f"{gate} {segments}: {top} {errors[top]:.1e} {f'FAILED {bad}' if bad else 'ok'}", flush=True
             )
             good &= not bad
     return good
-
-
-def milliseconds(f, args, runs: int = 20) -> float:
-    """Of one call, the median over groups of queued ones."""
-    jax.block_until_ready(f(*args))
-    samples = []
-    for _ in range(5):
-        start = time.perf_counter()
-        found = [f(*args) for _ in range(runs)]
-        jax.block_until_ready(found)
-        samples.append((time.perf_counter() - start) / runs * 1e3)
-    return float(np.median(samples))
 
 
 def times(mesh, devices: int, rows: int, tokens: int) -> None:
@@ -96,7 +71,7 @@ def times(mesh, devices: int, rows: int, tokens: int) -> None:
                     lambda a, p=p: jax.device_put(a, jax.NamedSharding(mesh, on_axis(a, p))), (args, do)
                 )
             both = jax.jit(lambda do, *args, op=op: jax.vjp(op, *args)[1](do))
-            row[count > 1] = [milliseconds(jax.jit(op), args), milliseconds(both, (do, *args))]
+            row[count > 1] = [elapsed_ms(jax.jit(op), args), elapsed_ms(both, (do, *args))]
         text = " | ".join(f"{a:.3f}, {b:.3f}" for a, b in row)
         print(f"{gate} | {text} | {row[1][0] / row[0][0]:.2f}, {row[1][1] / row[0][1]:.2f}", flush=True)
 

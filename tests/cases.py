@@ -207,12 +207,13 @@ def outputs_and_gradients(case: Case, x: dict, implementation: str, chunk_size: 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def compiled(case: Case, x: dict, implementation: str, chunk_size: int | None) -> dict:
     """`outputs_and_gradients` of every case of one program."""
+    return with_gradients(lambda x: call(case, x, implementation, chunk_size), x)
+
+
+def with_gradients(op, x: dict) -> dict:
+    """`outputs_and_gradients` of op: x -> (o, final_state)."""
     floats = {name: a for name, a in x.items() if name not in NOT_DIFFERENTIATED}
-
-    def run(floats):
-        return call(case, {**x, **floats}, implementation, chunk_size)
-
-    (o, state), pull = jax.vjp(run, floats)
+    (o, state), pull = jax.vjp(lambda floats: op({**x, **floats}), floats)
     (grads,) = pull((x["do"].astype(o.dtype), x["dstate"].astype(state.dtype)))
     return {"o": o, "final_state": state, **{f"d{name}": g for name, g in grads.items()}}
 

@@ -83,14 +83,7 @@ def sharded(
             out_specs=(places["do"], places["dstate"]),
             check_vma=check_vma,
         )
-
-        def loss(floats):
-            o, state = op({**x, **floats})
-            return jnp.sum(o * x["do"]) + jnp.sum(state * x["dstate"]), (o, state)
-
-        floats = {n: a for n, a in x.items() if n != "segment_ids"}
-        grads, (o, state) = jax.grad(loss, has_aux=True)(floats)
-        return {"o": o, "final_state": state} | {f"d{n}": g for n, g in grads.items()}
+        return cases.with_gradients(op, x)
 
     return jax.jit(run)
 
