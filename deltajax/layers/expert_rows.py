@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from deltajax.layers.sharding import accumulator
 from deltajax.ops.pallas_gpu import HALF, other_gpu
-from pallas_kernels.gpu import grouped
+from pallas_kernels.gpu.limits import EXPERT_COLUMNS, EXPERT_ROWS
 
 
 class Rows(NamedTuple):
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Rows for the Hopper kernels: each expert's start at a whole block of `grouped.ROWS`.
+    """Rows for the Hopper kernels: each expert's start at a whole block of `EXPERT_ROWS`.
 
     XLA makes of `ragged_dot` on a GPU one product of all rows with all experts, each row as long as all
     experts together: 16 GiB for 65,536 rows and 64 experts of 2048 x 1024.
@@ -64,7 +64,7 @@ class Blocks(NamedTuple):
     @classmethod
     def of(cls, choice: Int[Array, "B T J"], first: Array | int, experts: int) -> Self:
         """Of the experts from number ``first`` on. The last block, for rows of none, is not used."""
-        size = grouped.ROWS
+        size = EXPERT_ROWS
         order, expert, starts = _sorted(choice, first, experts)
         N = order.size
         begun = min(experts, N)  # experts that have a row, at most, and each of them one that begins a block
@@ -82,16 +82,23 @@ class Blocks(NamedTuple):
 
     def times(self, x: Float[Array, "M n"], kernel: Float[Array, "E n m"]) -> Float[Array, "M m"]:
         """As of `Rows`."""
-        return jnp.where(self.real, grouped.grouped_product(x, kernel, self.group, self._used), 0)
+        return self._product(x, kernel)
 
     def back(self, x: Float[Array, "M n"], kernel: Float[Array, "E m n"]) -> Float[Array, "M m"]:
         """As of `Rows`."""
-        y = grouped.grouped_product(x, kernel, self.group, self._used, transposed=True)
-        return jnp.where(self.real, y, 0)
+        return self._product(x, kernel, transposed=True)
 
     def outer(self, x: Float[Array, "M n"], y: Float[Array, "M m"]) -> Float[Array, "E n m"]:
         """As of `Rows`."""
+        from pallas_kernels.gpu import grouped
+
         return grouped.grouped_outer(x, y, self.first, self.blocks)
+
+    def _product(self, x: Array, kernel: Array, *, transposed: bool = False) -> Array:
+        from pallas_kernels.gpu import grouped  # here: Mosaic GPU is slow to import
+
+        y = grouped.grouped_product(x, kernel, self.group, self._used, transposed=transposed)
+        return jnp.where(self.real, y, 0)
 
     @property
     def _used(self) -> Int[Array, "1"]:
@@ -119,8 +126,8 @@ def blocks_unsupported(x: Array, width: int) -> str | None:
     if x.dtype not in HALF:
         return f"x must be bfloat16 or float16, got {x.dtype}"
     for name, n in (("hidden_size", x.shape[-1]), ("intermediate_size", width)):
-        if n % grouped.COLUMNS:
-            return f"{name} is a multiple of {grouped.COLUMNS}, got {n}"
+        if n % EXPERT_COLUMNS:
+            return f"{name} is a multiple of {EXPERT_COLUMNS}, got {n}"
     return other_gpu()
 
 

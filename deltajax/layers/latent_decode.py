@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from deltajax.layers.sharding import op_sharding
 from deltajax.ops import pallas_gpu
 from deltajax.ops.problem import vary_alike
-from pallas_kernels.gpu import latent_decode
+from pallas_kernels.gpu.limits import CHUNK, SHARED_KEY
 
 PLATFORMS = ("cuda",)  # that programs may be lowered for with the kernel
 
@@ -72,10 +72,10 @@ def _unsupported(q: Array, latent: Array, rank: int) -> str | None:
     if q.dtype != latent.dtype or q.dtype not in pallas_gpu.HALF:
         return f"q and the latents must be both bfloat16 or both float16, got {q.dtype} and {latent.dtype}"
     shared = latent.shape[2] - rank
-    if shared != latent_decode.SHARED_KEY or rank % 128 or rank > 512:
+    if shared != SHARED_KEY or rank % 128 or rank > 512:
         return f"channels must be 128, 256, 384 or 512 and 64 of the shared key, got {rank} and {shared}"
-    if latent.shape[1] < latent_decode.CHUNK:
-        return f"a cache must have {latent_decode.CHUNK} slots, got {latent.shape[1]}"
+    if latent.shape[1] < CHUNK:
+        return f"a cache must have {CHUNK} slots, got {latent.shape[1]}"
     if any(jax.typeof(x).manual_axis_type.varying for x in (q, latent)):
         return "inside jax.shard_map it needs check_vma=False"
     return pallas_gpu.other_gpu()
@@ -87,6 +87,8 @@ def _attend(call: _Call, q: Array, latent: Array, length: Array) -> Array:
         return call.plain(q, latent, length)
 
     def kernel(q, latent, length):
+        from pallas_kernels.gpu import latent_decode  # here: Mosaic GPU is slow to import
+
         o = latent_decode.attend(q[:, 0], latent, length, rank=call.rank, scale=call.scale)
         return vary_alike(o[:, None], q)[0]
 

@@ -1,4 +1,7 @@
-"""The Hopper kernels as an implementation of the op: from `Inputs` and `Options` to `pallas_kernels.gpu`."""
+"""The Hopper kernels as an implementation of the op: from `Inputs` and `Options` to `pallas_kernels.gpu`.
+
+The kernels are imported when they are traced: Mosaic GPU takes more than a second to import.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +13,7 @@ from jaxtyping import Array, Float
 
 from deltajax.ops import context, gates, packing, segments
 from deltajax.ops.problem import Inputs, Options, vary_like
-from pallas_kernels.gpu import delta_rule
-from pallas_kernels.gpu.channel_decay import ABSENT, MIN_LOG_DECAY, PRESENT, RESET
-from pallas_kernels.gpu.tiles import CHUNK
+from pallas_kernels.gpu.limits import ABSENT, CHUNK, MIN_LOG_DECAY, PRESENT, RESET
 
 HEAD_SIZES = (64, 128, 256)  # K; others are filled up with zeros
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -55,6 +56,8 @@ def forward(inputs: Inputs, options: Options) -> tuple[Float[Array, "B T HV V"],
 
 def _run(inputs: Inputs, options: Options, *, keep: bool) -> tuple[Array, Array, Any]:
     """Outputs, final state and, to ``keep``, what the backward half reads."""
+    from pallas_kernels.gpu import delta_rule
+
     run: Any = delta_rule.channel_forward if options.gate_kind == "channel" else delta_rule.head_forward
     common = _common(options) | dict(spans=_spans(inputs, options), enter=_enter(inputs, options))
     o, state, saved = run(*_call(inputs, options), **common, keep=keep)
@@ -117,6 +120,8 @@ def backward(
     inputs: Inputs, options: Options, do: Float[Array, "B T HV V"], dfinal: Array, *saved: Array
 ) -> Inputs:
     """Gradients of all float inputs, None for the others."""
+    from pallas_kernels.gpu import delta_rule
+
     floats = inputs._replace(segment_ids=None)
     call, pull = jax.vjp(lambda x: _call(x._replace(segment_ids=inputs.segment_ids), options), floats)
     q, k, v, beta, *decay, state = call

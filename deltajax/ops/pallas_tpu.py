@@ -1,8 +1,11 @@
-"""The ops on TPUs: from a checked call to the kernels of `pallas_kernels.tpu`, and back."""
+"""The ops on TPUs: from a checked call to the kernels of `pallas_kernels.tpu`, and back.
+
+The kernels are imported when they are traced: Pallas takes half a second to import.
+"""
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +13,12 @@ from jaxtyping import Array, Float
 
 from deltajax.ops import gates, packing, segments
 from deltajax.ops.problem import Inputs, Options
-from pallas_kernels.tpu import backward as backward_kernel
 from pallas_kernels.tpu import config as kernel_config
-from pallas_kernels.tpu import forward as forward_kernel
-from pallas_kernels.tpu import launch
-from pallas_kernels.tpu.chunk import Refs
 from pallas_kernels.tpu.config import Blocks, Config
+
+if TYPE_CHECKING:
+    from pallas_kernels.tpu import launch
+    from pallas_kernels.tpu.chunk import Refs
 
 CHUNK = 64
 LANES = 64  # K and V are multiples of this
@@ -79,9 +82,9 @@ def _widened(inputs: Inputs, options: Options) -> Inputs:
 class _Call:
     """A call as the kernels take it."""
 
-    arrays: Refs
+    arrays: "Refs"
     initial: Any  # [B, N, HV, K, V]
-    segments: launch.Segments
+    segments: "launch.Segments"
     N: int
     blocks: Blocks
     config: Config
@@ -109,6 +112,9 @@ def _pad(x: Any, T: int) -> Any:
 
 
 def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
+    from pallas_kernels.tpu import launch
+    from pallas_kernels.tpu.chunk import Refs
+
     B, T, H, K = inputs.q.shape
     HV, V = inputs.v.shape[2:]
     activation: Any = None
@@ -179,6 +185,8 @@ def saving(inputs: Inputs, options: Options, interpret: Any = False) -> tuple[Ar
 
 
 def _forward(inputs: Inputs, options: Options, save: bool, interpret: Any) -> tuple[Array, Array, tuple]:
+    from pallas_kernels.tpu import forward as forward_kernel
+
     _, T, _, K = inputs.q.shape
     V = inputs.v.shape[-1]
     call = _call(_widened(inputs, options), options, interpret)
@@ -203,6 +211,9 @@ def backward(
     interpret: Any = False,
 ) -> Inputs:
     """Gradients of all float inputs, None for the others."""
+    from pallas_kernels.tpu import backward as backward_kernel
+    from pallas_kernels.tpu import launch
+
     given, inputs = inputs, _widened(inputs, options)
     T = inputs.q.shape[1]
     call = _call(inputs, options, interpret)

@@ -1,4 +1,7 @@
-"""The step kernels as implementations of `delta_rule_step`: what they take, by lowering platform."""
+"""The step kernels as implementations of `delta_rule_step`: what they take, by lowering platform.
+
+They are imported when they are traced, since Pallas is slow to import.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,8 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deltajax.ops import gates, pallas_gpu
-from pallas_kernels.gpu import step as gpu_step
-from pallas_kernels.tpu import step as tpu_step
+from pallas_kernels.tpu.config import TOKEN_BYTES, TOKEN_HEADS, block_heads
 
 
 class StepInputs(NamedTuple):
@@ -62,8 +64,8 @@ def _unsupported_tpu(inputs: StepInputs) -> str | None:
     if K % 64 or V % 64 or K > 256 or V > 512:
         return f"K must be a multiple of 64 up to 256, V up to 512, got K = {K}, V = {V}"
     H = inputs.q.shape[1]
-    heads = tpu_step.block_heads(H, HV)
-    if heads > tpu_step.MOST_HEADS or heads * K * V * inputs.state.dtype.itemsize > tpu_step.BLOCK_BYTES:
+    heads = block_heads(H, HV)
+    if heads > TOKEN_HEADS or heads * K * V * inputs.state.dtype.itemsize > TOKEN_BYTES:
         return f"{HV} value heads of {K} x {V} on {H} key heads make blocks of {heads}, too large"
     return _unsupported_dtype(inputs, "float32", "bfloat16")
 
@@ -76,11 +78,15 @@ def _unsupported_dtype(inputs: StepInputs, *dtypes: str) -> str | None:
 
 
 def _run_gpu(inputs: StepInputs, options: StepOptions) -> tuple[Array, Array]:
+    from pallas_kernels.gpu import step as gpu_step
+
     return gpu_step.step(*inputs, **vars(options))
 
 
 def run_tpu(inputs: StepInputs, options: StepOptions, interpret: Any = False) -> tuple[Array, Array]:
     """The TPU kernel; ``interpret``: False, or the `InterpretParams` to run with elsewhere."""
+    from pallas_kernels.tpu import step as tpu_step
+
     state, q, k, v, beta, g, A_log, dt_bias = inputs
     rate = None
     if g is not None and g.ndim == 2:  # a number a head: activated outside

@@ -4,17 +4,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from deltajax.ops.pallas_gpu import HALF, other_gpu
-from pallas_kernels.gpu.taps import CHANNELS, HALO, ROWS, taps, taps_back
+from pallas_kernels.gpu.limits import HALO, TAPS_CHANNELS, TAPS_ROWS
 
 
 def unsupported(x: Array, weight: Array) -> str | None:
     """Why the kernels cannot run this call, or None if they can."""
     if x.dtype not in HALF:
         return f"x must be bfloat16 or float16, got {x.dtype}"
-    if x.shape[2] % CHANNELS:
-        return f"the number of channels is a multiple of {CHANNELS}, got {x.shape[2]}"
-    if x.shape[1] < ROWS:
-        return f"takes {ROWS} tokens or more, got {x.shape[1]}"
+    if x.shape[2] % TAPS_CHANNELS:
+        return f"the number of channels is a multiple of {TAPS_CHANNELS}, got {x.shape[2]}"
+    if x.shape[1] < TAPS_ROWS:
+        return f"takes {TAPS_ROWS} tokens or more, got {x.shape[1]}"
     if weight.shape[1] > HALO + 1 or weight.dtype.itemsize > 4:
         return f"takes at most {HALO + 1} taps of float32 or less, got {weight.shape[1]} of {weight.dtype}"
     return other_gpu()
@@ -24,6 +24,8 @@ def forward(
     activation: str | None, x: Array, weight: Array, bias: Array | None, counts: Array | None
 ) -> Array:
     """See `pallas_kernels.gpu.taps.taps`; the last column of ``weight`` [D, W] is the current token's."""
+    from pallas_kernels.gpu.taps import taps
+
     weight, bias, counts = _call(x, weight, bias, counts)
     return taps(x, weight, bias, counts, silu=activation == "silu")
 
@@ -32,6 +34,8 @@ def backward(
     activation: str | None, x: Array, weight: Array, bias: Array | None, counts: Array | None, dy: Array
 ) -> tuple[Array, Array, Array | None]:
     """Gradients of x, weight and bias."""
+    from pallas_kernels.gpu.taps import taps_back
+
     by_tap, offset, counts = _call(x, weight, bias, counts)
     dx, dweight, dbias = taps_back(x, by_tap, offset, counts, dy.astype(x.dtype), silu=activation == "silu")
     return (

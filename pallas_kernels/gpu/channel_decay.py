@@ -6,13 +6,10 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import rowwise
+from pallas_kernels.gpu.limits import MIN_LOG_DECAY, PRESENT, RESET
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, HALF, ROW, columns, load
 
 LOG2E = 1.4426950408889634
-MIN_LOG_DECAY = -100.0
-
-# What becomes of a token, second row of ``tokens``.
-ABSENT, PRESENT, RESET = 0.0, 1.0, 2.0
 
 
 def log2_decay(x: jax.Array, rate: jax.Array, bias: jax.Array, lower_bound: float | None) -> jax.Array:

@@ -20,8 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import rowwise, tiles
-from pallas_kernels.gpu.channel_decay import PRESENT, across_border, token_decays, tokens_in_line
+from pallas_kernels.gpu.channel_decay import across_border, token_decays, tokens_in_line
 from pallas_kernels.gpu.inverse import unit_lower_inverse
+from pallas_kernels.gpu.limits import PRESENT
 from pallas_kernels.gpu.sides import Sides, sides_of
 from pallas_kernels.gpu.tiles import (
     CHUNK,

@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
+from pallas_kernels.gpu.limits import EXPERT_COLUMNS as COLUMNS
+from pallas_kernels.gpu.limits import EXPERT_ROWS as ROWS
 
-ROWS = 128  # of a block
-COLUMNS = 128  # of a block's result, for each warpgroup that multiplies
 DEPTH = 64  # channels (or rows, for sums over them) that one turn of the pipeline multiplies
 STAGED = 64  # rows of a result that pass through shared memory at a time
 

@@ -16,10 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.channel_decay import LOG2E
+from pallas_kernels.gpu.limits import SHARED_KEY
 from pallas_kernels.gpu.tiles import CHUNK, ROW, L
 
 HEADS = 64  # rows of a product: fewer heads are filled up with zeros
-SHARED_KEY = 64  # channels
 BUFFERS = 2
 HALVES = 2  # of the latent's channels, one a warpgroup
 OVERHEAD = 2  # of a block, in turns

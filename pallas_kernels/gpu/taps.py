@@ -14,10 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.channel_decay import sigmoid
+from pallas_kernels.gpu.limits import HALO
+from pallas_kernels.gpu.limits import TAPS_CHANNELS as CHANNELS
+from pallas_kernels.gpu.limits import TAPS_ROWS as ROWS
 from pallas_kernels.gpu.tiles import store
 
-ROWS = CHANNELS = 64  # of a block
-HALO = 8  # rows of tokens before and after it; at least W - 1
 INNER = ROWS - HALO  # rows that a backward block finishes: what comes after them it has, too
 
 # Lanes own 8 rows by 4 channels, 16 of them side by side.

@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-CHUNK = 64  # tokens a chunk: one warpgroup's rows in a wgmma
+from pallas_kernels.gpu.limits import CHUNK
+
 HALF = 64  # channels at a time
 
 L = plgpu.Layout.WGMMA  # [64, N], rows over warps

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 VMEM_LANES = 128
 STEP_CHUNKS = 16  # of one head of 128 x 128 in a grid step, about
+# Value heads of a block of the kernel for one token and bytes of their states (two come and two go), at most.
+TOKEN_HEADS, TOKEN_BYTES = 32, 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,6 @@ from pallas_kernels.tpu.config import block_heads
 from pallas_kernels.tpu.gates import LN2, log2_softplus
 from pallas_kernels.tpu.launch import VMEM_LIMIT
 
-BLOCK_BYTES = 4 * 2**20  # of a block's states, at most: two blocks come and two go at a time
-MOST_HEADS = 32  # of a block
-
 
 def step(
     state: jax.Array,
