@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deltajax.layers.attention_blocks import Source
 from deltajax.layers.attention_cache import AttentionCache, NewTokens, layout_after
 from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
+from deltajax.layers.head_swap import keys_by_heads, outputs_by_tokens, queries_by_heads, swaps, whole_ids
 from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
@@ -28,8 +29,9 @@ class Attention(nnx.Module):
     before they are rotated; with `output_gate`, q_proj makes [query | gate] for each head, and what a head
     returns is multiplied by sigmoid(gate) before o_proj.
 
-    Where `shard_ops` spreads a row's tokens over devices, each gathers the keys and values of all of them, or
-    receives as many as its window reaches.
+    Where `shard_ops` spreads a row's tokens over devices, these swap tokens for heads: each attends among all
+    tokens with its share of the query heads (`layers.head_swap`). Where the heads do not divide, each device
+    gathers the keys and values of all tokens instead; with a window it receives as many as that reaches.
 
     Memory: where a device's logits are few (at most `layers.blockwise.MAX_LOGITS`, 1 GiB in float32) all are
     held at once, by `jax.nn.dot_product_attention`: of T tokens with each other, at most T x 2 window_size
@@ -214,9 +216,14 @@ class Attention(nnx.Module):
     def _attend_alone(self, q, k, v, segment_ids, axis_name: str | None) -> Float[Array, "B T N K"]:
         """Attention among a call's own tokens; in a window, by blocks once that makes fewer logits.
 
-        With `axis_name`, they are this device's part of rows spread over that axis: keys and values come from
-        all devices, or from those that a window reaches.
+        With `axis_name`, they are this device's part of rows spread over that axis: tokens are swapped for
+        heads, or else keys and values come from all devices, or from those that a window reaches.
         """
+        if axis_name is not None and self.window_size is None and swaps(q, axis_name):
+            q, ids = queries_by_heads(q, axis_name), whole_ids(segment_ids, axis_name)
+            k, v = keys_by_heads(k, axis_name), keys_by_heads(v, axis_name)
+            o = self._attend_alone(q, k, v, ids, None)
+            return outputs_by_tokens(o, axis_name)
         B, T = q.shape[:2]
         window, packed = self.window_size, segment_ids is not None
         own, whole = layouts_on_axis(B, T, segment_ids, axis_name)

@@ -12,6 +12,14 @@ from jaxtyping import Array, Float, Int
 from deltajax.layers.attention_blocks import Source
 from deltajax.layers.attention_cache import LatentCache, NewTokens, held, layout_after
 from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
+from deltajax.layers.head_swap import (
+    heads_of,
+    outputs_by_tokens,
+    queries_by_heads,
+    swaps,
+    whole_ids,
+    whole_rows,
+)
 from deltajax.layers.latent_decode import attend_held
 from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
@@ -35,8 +43,9 @@ class LatentAttention(nnx.Module):
     then meet the latents themselves. Both are the same function. On Hopper GPUs, one token of each row meets
     the latents in a kernel (bfloat16 or float16, C a multiple of 128 up to 512, R = 64).
 
-    Where `shard_ops` spreads a row's tokens over devices, each gathers the latents of all of them; heads are
-    split.
+    Where `shard_ops` spreads a row's tokens over devices, each gathers the latents of all of them and swaps
+    tokens for heads: it makes keys and values, and attends, for its share of the heads (`layers.head_swap`);
+    where the heads do not divide, for all heads with its own tokens as queries.
 
     Memory: attention holds a device's logits of T tokens with each other, and with every slot of a cache,
     where these are few, else it goes block by block, in bounded memory, and makes keys and values of the
@@ -200,10 +209,16 @@ class LatentAttention(nnx.Module):
 
     def _attend_alone(self, q, latent, kernel, segment_ids, axis_name: str | None) -> Float[Array, "B T H V"]:
         """Attention among a call's own tokens; with `axis_name`, a device's part of rows on that axis."""
+        if axis_name is not None and swaps(q, axis_name):
+            # Each device adds its heads' part to the gradient of the kernel, which all have in whole.
+            kernel = heads_of(vary_like(kernel, q), axis_name)
+            q, ids = queries_by_heads(q, axis_name), whole_ids(segment_ids, axis_name)
+            o = self._attend_alone(q, whole_rows(latent, axis_name), kernel, ids, None)
+            return outputs_by_tokens(o, axis_name)
         own, whole = layouts_on_axis(q.shape[0], q.shape[1], segment_ids, axis_name)
         q, latent = self._rotate(q, latent, own)
         if axis_name is not None:
-            latent = jax.lax.all_gather(latent, axis_name, axis=1, tiled=True)
+            latent = whole_rows(latent, axis_name)
         kernel = vary_like(kernel, q)  # before its cast: gradients are summed in the parameter's dtype
         if many_logits(q, latent.shape[1]):
             sources = [Source((latent,), whole)]

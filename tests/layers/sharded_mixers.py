@@ -21,6 +21,7 @@ from deltajax.layers import (
     blockwise,
     shard_ops,
 )
+from tests.layers import sharded_heads
 
 B, T, D = 2, 32, 24
 TOLERANCE = 1e-5
@@ -37,8 +38,9 @@ CASES = {
     "full attention": lambda **o: Attention(
         num_heads=4, num_kv_heads=2, head_dim=8, rope_fraction=0.5, qk_norm=True, output_gate=True, **o
     ),
+    # Both swap tokens for heads on 2 devices and gather on 8.
     "latent attention": lambda **o: LatentAttention(
-        num_heads=2,
+        num_heads=4,
         kv_lora_rank=6,
         qk_nope_head_dim=4,
         qk_rope_head_dim=2,
@@ -225,6 +227,9 @@ def main() -> int:
         wrong = step_check(name)
         failed += bool(wrong)
         print(f"{'FAILED' if wrong else 'ok'} a step of {name} {'; '.join(wrong)}", flush=True)
+    for what, wrong in sharded_heads.checks(every="--all" in sys.argv):
+        failed += bool(wrong)
+        print(f"{'FAILED' if wrong else 'ok'} {what} {'; '.join(wrong)}", flush=True)
     wrong = gathered()
     print(
         f"{'FAILED' if wrong else 'ok'} latent attention gathers its latents {'; '.join(wrong)}", flush=True

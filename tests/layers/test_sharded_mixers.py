@@ -6,9 +6,9 @@ from tests import eight_devices
 
 
 def test_mixers_spread_over_devices_equal_one_devices_in_outputs_and_gradients():
-    eight_devices.check("tests.layers.sharded_mixers", least=24)
+    eight_devices.check("tests.layers.sharded_mixers", least=30)
 
 
 @pytest.mark.slow
 def test_mixers_of_whole_rows_too():
-    eight_devices.check("tests.layers.sharded_mixers", "--all", least=26)
+    eight_devices.check("tests.layers.sharded_mixers", "--all", least=100)

@@ -109,13 +109,14 @@ def curve(config, sizes, steps, rows, seq_len):
 def moved_tokens(text, seq_len, context):
     """Types of the compiled step's gathers and exchanges of arrays with all of a device's or a row's tokens.
 
-    But for the segment ids and, under context parallelism, keys and values of full attention: 2 heads of 24,
-    or a device's own of them.
+    But for the segment ids and, under context parallelism, what full attention swaps: one head of 24 for each
+    device.
     """
-    found = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
-    found = [kind for kind in found if re.search(rf"[\[,]({seq_len}|{seq_len // context})[,\]]", kind)]
-    allowed = rf"f32\[\d+,{seq_len},[12],24\]|s32\[\d+,{seq_len}\]"
-    return [kind for kind in found if context == 1 or not re.match(allowed, kind)]
+    found = re.findall(r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
+    found = [" ".join(x) for x in found if re.search(rf"[\[,]({seq_len}|{seq_len // context})[,\]]", x[0])]
+    part = rf"(\w+\[\d+,{seq_len // context},1,24\]\S*,? ?(/\*.*?\*/)?)+"
+    allowed = rf"s32\[\d+,{seq_len}\]\S* all-gather|\({part}\) all-to-all"
+    return [kind for kind in found if context == 1 or not re.fullmatch(allowed, kind)]
 
 
 def main() -> int:
