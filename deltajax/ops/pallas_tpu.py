@@ -84,7 +84,7 @@ class _Call:
 
     arrays: "Refs"
     initial: Any  # [B, N, HV, K, V]
-    segments: "launch.Segments"
+    segments: "launch.Segments | None"
     N: int
     blocks: Blocks
     config: Config
@@ -115,7 +115,7 @@ def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
     from pallas_kernels.tpu import launch
     from pallas_kernels.tpu.chunk import Refs
 
-    B, T, H, K = inputs.q.shape
+    _, T, H, K = inputs.q.shape
     HV, V = inputs.v.shape[2:]
     activation: Any = None
     if options.gate_kind == "channel" and inputs.A_log is not None:
@@ -134,7 +134,7 @@ def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
     g = inputs.g
     if options.gate_kind == "head":
         g = gates.per_head_log_decay(g, inputs.A_log, inputs.dt_bias, options.lower_bound)
-    layout = present = marks = None
+    layout = present = marks = parts = None
     N = options.num_segments or 1
     initial = inputs.initial_state
     if options.num_segments is not None:
@@ -155,7 +155,6 @@ def _call(inputs: Inputs, options: Options, interpret: Any) -> _Call:
         if blocks.tokens > T:  # a block must not be longer than its array
             q, k, v, g, beta = (_pad(x, blocks.tokens) for x in (q, k, v, g, beta))
         n = -(-T // blocks.tokens)
-        parts = launch.whole_rows(B, n)
         if inputs.segment_ids is not None:
             marks = _marks(inputs.segment_ids, n * blocks.tokens, CHUNK)
         initial = None if initial is None else initial[:, None]

@@ -28,12 +28,19 @@ from pallas_kernels.tpu.backward_registers import Registers, Work
 from pallas_kernels.tpu.backward_step import Gradients
 from pallas_kernels.tpu.chunk import Refs
 from pallas_kernels.tpu.config import Blocks, Config
-from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units_of
+from pallas_kernels.tpu.launch import Layout, Saved, Segments, is_first, is_last, unit_heads, units_of
 from pallas_kernels.tpu.weave import staggered, together
 
 
 def _kernel(
-    segments: Segments, refs: Refs, saved: Saved, do_ref, dfinal_ref, *results, blocks: Blocks, config: Config
+    segments: Segments | None,
+    refs: Refs,
+    saved: Saved,
+    do_ref,
+    dfinal_ref,
+    *results,
+    blocks: Blocks,
+    config: Config,
 ):
     size = len(Gradients._fields)
     out, dstate, mem = Gradients(*results[:size]), results[size], results[size + 1 :]
@@ -48,7 +55,7 @@ def _kernel(
             out.dt_bias[...] = jnp.zeros_like(out.dt_bias)
             out.log_rate[...] = jnp.zeros_like(out.log_rate)
 
-    @pl.when(segments.last[row, block] != 0)
+    @pl.when(is_last(segments, row, block, pl.num_programs(2)))
     def _leave():
         for h in range(blocks.heads):
             dstate[h][0] = dfinal_ref[0, 0, h].T
@@ -69,7 +76,7 @@ def _kernel(
         pass
     b.store_columns()
 
-    @pl.when(segments.first[row, block] != 0)
+    @pl.when(is_first(segments, row, block))
     def _enter():
         for h in range(blocks.heads):
             out.state[0, 0, h] = dstate[h][0].T
@@ -80,7 +87,7 @@ def backward(
     saved: Saved,
     do: jax.Array,
     dfinal: jax.Array,
-    segments: Segments,
+    segments: Segments | None,
     N: int,
     blocks: Blocks,
     config: Config,
@@ -97,7 +104,7 @@ def backward(
       gradients in the inputs' shapes and dtypes; beta and a per-head g float32; log_rate and dt_bias
       [B, HV, K]; state [B, N, HV, K, V] float32, defined where ``segments`` visits it.
     """
-    layout = Layout(arrays, segments, N, blocks, config)
+    layout = Layout(arrays, blocks, config)
     B, HV, K, V, heads = layout.B, layout.HV, blocks.K, blocks.V, blocks.heads
     at = lambda t: layout.steps - 1 - t  # noqa: E731
     shape, rows = layout.shape, layout.row_block(at)

@@ -21,7 +21,7 @@ from pallas_kernels.tpu.chunk import LAST, REAL, SEEN, Refs, Scalars, Unit
 from pallas_kernels.tpu.config import Blocks, Config
 from pallas_kernels.tpu.dots import NN, NT, TN, dot, halves
 from pallas_kernels.tpu.inverse import unit_lower_inverse
-from pallas_kernels.tpu.launch import Layout, Saved, Segments, unit_heads, units_of
+from pallas_kernels.tpu.launch import Layout, Saved, Segments, is_first, is_last, unit_heads, units_of
 from pallas_kernels.tpu.relations import beside, diagonal, stack
 from pallas_kernels.tpu.weave import Steps, after, in_turn, together, weave
 
@@ -176,7 +176,9 @@ def _groups(units: list, size: int) -> list[range]:
     return [range(len(units))[a : a + size] for a in range(0, len(units), size)]
 
 
-def _kernel(segments: Segments, refs: Refs, marks_ref, initial_ref, *results, blocks: Blocks, config: Config):
+def _kernel(
+    segments: Segments | None, refs: Refs, marks_ref, initial_ref, *results, blocks: Blocks, config: Config
+):
     out, scratch = Outputs(*results[:3]), Scratch(*results[3:])
     saved = out.saved
     row, step, steps = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
@@ -187,7 +189,7 @@ def _kernel(segments: Segments, refs: Refs, marks_ref, initial_ref, *results, bl
         for ref in scratch:
             ref[...] = jnp.zeros_like(ref)
 
-    @pl.when((step > 0) & (segments.first[row, behind] != 0))
+    @pl.when((step > 0) & is_first(segments, row, behind))
     def _enter():
         for h in range(blocks.heads):
             none = jnp.zeros((blocks.V, blocks.K), jnp.float32)
@@ -244,7 +246,7 @@ def _kernel(segments: Segments, refs: Refs, marks_ref, initial_ref, *results, bl
         else:
             weave([(walk, 1), (inversion, ratio), (preparation, ratio)])
 
-    @pl.when((step > 0) & (segments.last[row, behind] != 0))
+    @pl.when((step > 0) & is_last(segments, row, behind, steps - 1))
     def _leave():
         for h in range(blocks.heads):
             out.final[0, 0, h] = scratch.state[h].T
@@ -253,7 +255,7 @@ def _kernel(segments: Segments, refs: Refs, marks_ref, initial_ref, *results, bl
 def forward(
     arrays: Refs,
     initial_state: jax.Array | None,
-    segments: Segments,
+    segments: Segments | None,
     N: int,
     blocks: Blocks,
     config: Config,
@@ -265,7 +267,7 @@ def forward(
       arrays: q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV, K], or log decays [B, T, HV] float32, or None;
         beta [B, T, HV]; rate, dt_bias [HV, K] float32 or None; marks [B, 4, T'] float32 or None.
       initial_state: [B, N, HV, K, V] float32 or None.
-      segments: [B, blocks of tokens].
+      segments: [B, blocks of tokens]; None: every row is one.
       N: segments that have a state of their own in each row.
       blocks: sizes.
       config: the call.
@@ -275,7 +277,7 @@ def forward(
       o [B, T, HV, V] in v's dtype; final states [B, N, HV, K, V] float32, defined where ``segments`` visits
       them; `Saved` or None.
     """
-    layout = Layout(arrays, segments, N, blocks, config)
+    layout = Layout(arrays, blocks, config)
     steps, U, n, C, K, V = (
         layout.steps,
         len(units_of(blocks, config)),

@@ -29,12 +29,14 @@ class Segments(NamedTuple):
     last: jax.Array  # 1: the block is its segment's last
 
 
-def whole_rows(B: int, n: int) -> Segments:
-    """Every row is one segment of n blocks."""
-    at = jnp.broadcast_to(jnp.arange(n), (B, n))
-    return Segments(
-        jnp.zeros((B, n), jnp.int32), (at == 0).astype(jnp.int32), (at == n - 1).astype(jnp.int32)
-    )
+def is_first(segments: Segments | None, row, block) -> Any:
+    """Whether a state enters at this block of tokens. Without ``segments`` a row is one segment."""
+    return block == 0 if segments is None else segments.first[row, block] != 0
+
+
+def is_last(segments: Segments | None, row, block, blocks) -> Any:
+    """Whether a state leaves at this one of a row's ``blocks``."""
+    return block == blocks - 1 if segments is None else segments.last[row, block] != 0
 
 
 def unit_heads(blocks: Blocks) -> list[list[int]]:
@@ -54,8 +56,8 @@ At = Callable[[Any], Any]  # grid step -> block of tokens
 class Layout:
     """Block specifications and arranged operands of one call. Grid: (row, block of heads, step)."""
 
-    def __init__(self, arrays: Refs, segments: Segments, N: int, blocks: Blocks, config: Config):
-        self.arrays, self.N, self.blocks, self.config = arrays, N, blocks, config
+    def __init__(self, arrays: Refs, blocks: Blocks, config: Config):
+        self.arrays, self.blocks, self.config = arrays, blocks, config
         self.B, self.T, self.HV, _ = arrays.v.shape
         self.steps = pl.cdiv(self.T, blocks.tokens)
         self.chunks = blocks.tokens // config.chunk  # of one block
@@ -89,7 +91,7 @@ class Layout:
         """[1, 1, heads, K, V] of the state of the segment at a block of tokens."""
         return pl.BlockSpec(
             (1, 1, self.blocks.heads, self.blocks.K, self.blocks.V),
-            lambda b, h, t, segments: (b, segments.segment[b, at(t)], h, 0, 0),
+            lambda b, h, t, segments: (b, 0 if segments is None else segments.segment[b, at(t)], h, 0, 0),
         )
 
     def input_specs(self, at: At) -> Refs:
