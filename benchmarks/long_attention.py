@@ -3,10 +3,14 @@
     python -m benchmarks.long_attention --check    # errors in bfloat16 beside those of all logits at once
     python -m benchmarks.long_attention            # times by the logits of a step, and of other forms
     python -m benchmarks.long_attention --shapes 2 8192 8192 --step-logits 25 26
+    python -m benchmarks.long_attention --shapes 2 8192 8192 --step-logits --layers   # the layers, by cuDNN
 
 A shape is rows, queries of a row, and keys, of which the queries are the last. `dense` holds all logits (left
-out above `--dense-gib`), `cudnn` is cuDNN's fused kernel (as many keys as queries). `temp` is GiB of the
-compiled program's temporaries, TFLOP/s count 2 products forward and 7 in all of the pairs that are seen.
+out above `--dense-gib`), `cudnn` is cuDNN's fused kernel (as many keys as queries). `--check` also compares
+`Attention` and `LatentAttention` with cuDNN asked for, and says what runs; `--layers` times it, of
+rows that are one segment and of packed ones, beside plain JAX (as many keys as queries). `temp` is GiB of the
+compiled program's temporaries, TFLOP/s count 2 products forward and 7 in all of the pairs that are seen (in
+rows that are one segment).
 """
 
 import dataclasses
@@ -16,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from benchmarks import attention_layers
 from benchmarks.op_times import elapsed_ms
 from deltajax.layers import attention_blocks
 from deltajax.layers.attention_blocks import Source
@@ -39,6 +44,10 @@ class Options:
     window: int | None = None
     dense_gib: float = 10.0
     """Most float32 logits for which the dense form is timed."""
+    layers: bool = False
+    """Time the layers with cuDNN too; with `--check`, check nothing else."""
+    document: int = 2000
+    """Tokens of a document of packed rows."""
 
 
 def layouts(B: int, T: int, S: int, ids=None) -> tuple[Layout, Layout]:
@@ -93,7 +102,7 @@ def check(options: Options) -> bool:
     ok = True
     B, T, S = 2, 1536, 3000
     ids = jnp.array([[0] * 100 + [1] * 1200 + [2] * 1500 + [3] * 150 + [0] * 50, [1] * 3000])
-    for window in (None, 700):
+    for window in () if options.layers else (None, 700):
         args = (*inputs(B, T, S, options.heads, options.channels), *layouts(B, T, S, ids))
         exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, args)
         with jax.default_matmul_precision("highest"):
@@ -108,15 +117,15 @@ def check(options: Options) -> bool:
             good = mine < 2 * other
             ok &= good
             print(f"{'ok  ' if good else 'FAIL'} window {window} {name}: {mine:.1e}, dense {other:.1e}")
+    ok &= attention_layers.check()
     print(f"check: {'ok' if ok else 'FAILED'}, {jax.devices()[0].device_kind}")
     return ok
 
 
-def timed(name: str, attention, args, pairs: float, options: Options) -> None:
-    """Prints a line: milliseconds, TFLOP/s and temporaries."""
-    text = f"  {name:14s}"
-    programs = zip(both(attention, options.window), ("forward", "both"), (2, 7), strict=True)
-    for function, what, products in programs:
+def timed(name: str, functions, args, pairs: float, options: Options) -> None:
+    """Prints a line: milliseconds, TFLOP/s and temporaries of the forward half and of both."""
+    text = f"  {name:20s}"
+    for function, what, products in zip(functions, ("forward", "both"), (2, 7), strict=True):
         try:
             program = jax.jit(function).lower(*args).compile()
             ms = elapsed_ms(program, args, groups=3)
@@ -143,11 +152,16 @@ def main(options: Options) -> int:
         print(f"{B} rows, {T} queries, {S} keys, window {window}")
         for power in options.step_logits:
             with mock.patch.object(attention_blocks, "STEP_LOGITS", 2**power):
-                timed(f"blocks, 2^{power}", by_blocks, args, pairs, options)
+                timed(f"blocks, 2^{power}", both(by_blocks, window), args, pairs, options)
         if B * heads * T * S * 4 <= options.dense_gib * 2**30:
-            timed("dense", dense, args, pairs, options)
+            timed("dense", both(dense, window), args, pairs, options)
         if T == S and jax.default_backend() == "gpu":
-            timed("cudnn", cudnn, args, pairs, options)
+            timed("cudnn", both(cudnn, window), args, pairs, options)
+        if T == S and options.layers:
+            ids = attention_layers.packing(B, T, options.document)
+            for name, layer, packed in attention_layers.programs(heads, options.channels, window):
+                functions = attention_layers.both(layer, ids if packed else None)
+                timed(name, functions, attention_layers.inputs(layer, B, T), pairs, options)
     return 0
 
 

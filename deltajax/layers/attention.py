@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deltajax.layers.attention_blocks import Source
 from deltajax.layers.attention_cache import AttentionCache, NewTokens, layout_after
 from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
+from deltajax.layers.fused_attention import attend_own
 from deltajax.layers.head_swap import keys_by_heads, outputs_by_tokens, queries_by_heads, swaps, whole_ids
 from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
@@ -33,11 +34,13 @@ class Attention(nnx.Module):
     tokens with its share of the query heads (`layers.head_swap`). Where the heads do not divide, each device
     gathers the keys and values of all tokens instead; with a window it receives as many as that reaches.
 
-    Memory: where a device's logits are few (at most `layers.blockwise.MAX_LOGITS`, 1 GiB in float32) all are
-    held at once, by `jax.nn.dot_product_attention`: of T tokens with each other, at most T x 2 window_size
-    with a window, and with every slot of a cache. Else attention goes block by block, in bounded memory,
-    forward and backward (`layers.blockwise`), but for `implementation="cudnn"` in a call without a cache. One
-    token a row reads the cache where it lies (`layers.single_query`), whatever the `implementation`.
+    Speed and memory: in a call without a cache, in bfloat16 or float16, that is lowered for NVIDIA GPUs,
+    cuDNN's fused kernel runs where it can (`layers.fused_attention`). Elsewhere, where a device's logits are
+    few (at most `layers.blockwise.MAX_LOGITS`, 1 GiB in float32) all are held at once, by
+    `jax.nn.dot_product_attention`: of T tokens with each other, at most T x 2 window_size with a window, and
+    with every slot of a cache. Else attention goes block by block, in bounded memory, forward and backward
+    (`layers.blockwise`). One token a row reads the cache where it lies (`layers.single_query`), whatever the
+    `implementation`.
 
     Args:
       hidden_size: width D.
@@ -52,7 +55,10 @@ class Attention(nnx.Module):
       output_gate: gate the output.
       norm_eps, zero_centered_norm: epsilon and form of these norms, see `RMSNorm`.
       initializer_range: standard deviation of the kernels.
-      implementation: passed to `jax.nn.dot_product_attention`.
+      implementation: None: cuDNN where a program is lowered for NVIDIA GPUs, it takes the call and there is
+        no window nor heads of more than 128 channels, else plain JAX; "xla": never cuDNN; "cudnn": an error
+        where it does not run. Calls with a cache, or with rows
+        spread over devices whose heads are not swapped, pass it to `jax.nn.dot_product_attention`.
       dtype: compute dtype (the softmax is in float32).
       param_dtype: parameter dtype.
       rngs: parameter randomness.
@@ -224,13 +230,29 @@ class Attention(nnx.Module):
             k, v = keys_by_heads(k, axis_name), keys_by_heads(v, axis_name)
             o = self._attend_alone(q, k, v, ids, None)
             return outputs_by_tokens(o, axis_name)
-        B, T = q.shape[:2]
-        window, packed = self.window_size, segment_ids is not None
-        own, whole = layouts_on_axis(B, T, segment_ids, axis_name)
+        packed = segment_ids is not None
+        own, whole = layouts_on_axis(q.shape[0], q.shape[1], segment_ids, axis_name)
         q, k = self._rotate(q, k, own)
-        # cuDNN's kernel holds no logits for a plain window, and skips what lies outside.
-        kernel = self.implementation == "cudnn" and not packed and axis_name is None
-        span = T if window is None or kernel else window  # by blocks of as many tokens where there are more
+        if axis_name is None:
+            return attend_own(
+                q,
+                (k, v),
+                own if packed else None,
+                keys_values=_as_given,
+                window=self.window_size,
+                scale=self.head_dim**-0.5,
+                implementation=self.implementation,
+                plain=lambda q, kv, params: self._attend_plain(q, kv[0], kv[1], own, own, packed, None),
+            )
+        return self._attend_plain(q, k, v, own, whole, packed, axis_name)
+
+    def _attend_plain(
+        self, q, k, v, own: Layout, whole: Layout, packed: bool, axis_name: str | None
+    ) -> Array:
+        """`_attend_alone` in plain JAX, of rotated queries and keys."""
+        B, T = q.shape[:2]
+        window = self.window_size
+        span = T if window is None else window  # by blocks of as many tokens where there are more
         elsewhere = 0 if axis_name is None else T * (jax.lax.axis_size(axis_name) - 1)
         reach = elsewhere if window is None else min(window - 1, elsewhere)
         many = self.implementation != "cudnn" and many_logits(q, T + reach if 2 * span >= T else 2 * span)

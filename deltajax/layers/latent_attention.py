@@ -1,7 +1,7 @@
 """Multi-head latent attention (MLA): softmax attention whose keys and values come from one small latent."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from deltajax.layers.attention_blocks import Source
 from deltajax.layers.attention_cache import LatentCache, NewTokens, held, layout_after
 from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
+from deltajax.layers.fused_attention import attend_own
 from deltajax.layers.head_swap import (
     heads_of,
     outputs_by_tokens,
@@ -47,9 +48,12 @@ class LatentAttention(nnx.Module):
     tokens for heads: it makes keys and values, and attends, for its share of the heads (`layers.head_swap`);
     where the heads do not divide, for all heads with its own tokens as queries.
 
-    Memory: attention holds a device's logits of T tokens with each other, and with every slot of a cache,
-    where these are few, else it goes block by block, in bounded memory, and makes keys and values of the
-    latents block by block too, also for the derivative (`layers.blockwise`).
+    Speed and memory: with `implementation="cudnn"` a call without a cache, in bfloat16 or float16, lowered
+    for NVIDIA GPUs, runs in cuDNN's fused kernel (`layers.fused_attention`), on keys and values that are made
+    of the latents once more for the derivative. Else attention holds a device's logits of T tokens with each
+    other, and with every slot of a cache, where these are few, else it goes block by block, in bounded
+    memory, and makes keys and values of the latents block by block too, also for the derivative
+    (`layers.blockwise`).
 
     Args:
       hidden_size: width D.
@@ -62,6 +66,8 @@ class LatentAttention(nnx.Module):
       rope_theta: base of the rotary embedding; None for no position embedding.
       norm_eps: epsilon of the norms.
       initializer_range: standard deviation of the kernels.
+      implementation: of calls without a cache. "cudnn": cuDNN where a program is lowered for NVIDIA GPUs, an
+        error where it does not run; None or "xla": plain JAX.
       dtype: compute dtype (the softmax is in float32).
       param_dtype: parameter dtype.
       rngs: parameter randomness.
@@ -83,6 +89,7 @@ class LatentAttention(nnx.Module):
         rope_theta: float | None = None,
         norm_eps: float = 1e-6,
         initializer_range: float = INITIALIZER_RANGE,
+        implementation: Literal["xla", "cudnn"] | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -109,6 +116,7 @@ class LatentAttention(nnx.Module):
         self.v_head_dim = v_head_dim
         self._scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5
         self.rotary = None if rope_theta is None else RotaryEmbedding(qk_rope_head_dim, theta=rope_theta)
+        self.implementation = implementation
         self.dtype = dtype
 
         common: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -220,11 +228,26 @@ class LatentAttention(nnx.Module):
         if axis_name is not None:
             latent = whole_rows(latent, axis_name)
         kernel = vary_like(kernel, q)  # before its cast: gradients are summed in the parameter's dtype
-        if many_logits(q, latent.shape[1]):
-            sources = [Source((latent,), whole)]
-            return blockwise_attention(q, own, sources, self._expand, params=(kernel,), scale=self._scale)
-        plain = axis_name is None and segment_ids is None
-        return self._softmax(q, *self._expand(latent, kernel), None if plain else causal_mask(own, whole))
+
+        def plain(q, arrays, params):
+            if many_logits(q, whole.run.shape[1]):
+                sources = [Source(arrays, whole)]
+                return blockwise_attention(q, own, sources, self._expand, params=params, scale=self._scale)
+            seen = None if axis_name is None and segment_ids is None else causal_mask(own, whole)
+            return self._softmax(q, *self._expand(*arrays, *params), seen)
+
+        if axis_name is not None:
+            return plain(q, (latent,), (kernel,))
+        return attend_own(
+            q,
+            (latent,),
+            None if segment_ids is None else own,
+            keys_values=self._expand,
+            params=(kernel,),
+            scale=self._scale,
+            implementation=self.implementation,
+            plain=plain,
+        )
 
     def _absorbs(self, queries: int) -> bool:
         """Whether that many queries multiply less with the latents than with keys and values made of them."""

@@ -105,7 +105,7 @@ def _mixer(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
         )
         return Attention(**options, **common)
     if kind == "latent_attention":
-        return LatentAttention(
+        options = dict(
             hidden_size=config.hidden_size,
             num_heads=config.attention_heads,
             kv_lora_rank=config.kv_lora_rank,
@@ -114,8 +114,9 @@ def _mixer(kind: str, config: ModelConfig, common: dict[str, Any]) -> Any:
             qk_rope_head_dim=config.qk_rope_head_dim,
             v_head_dim=config.latent_v_head_dim,
             rope_theta=config.rope_theta,
-            **common,
+            implementation=config.attention_implementation,
         )
+        return LatentAttention(**options, **common)
     options = dict(
         hidden_size=config.hidden_size,
         num_heads=config.num_heads,

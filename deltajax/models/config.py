@@ -113,8 +113,9 @@ class ModelConfig:
         False gives every layer its own, so that decoding reads and updates them where they lie.
       chunk_size: chunk of the delta-rule ops, a power of two >= 16; None for the op's choice.
       implementation: backend of the delta-rule ops, None for the op's choice.
-      attention_implementation: backend of `jax.nn.dot_product_attention` in `sliding_window` and
-        `full_attention` layers, None for JAX's choice.
+      attention_implementation: of softmax attention in calls without a cache: None for cuDNN's kernels in
+        programs for NVIDIA GPUs (see `layers.Attention`), "xla" for none, "cudnn" for an error where they do
+        not run.
       expert_implementation: "pallas" for Hopper kernels of the experts' products, see `layers.Experts`, or
         None.
 
