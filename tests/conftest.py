@@ -1,5 +1,6 @@
 """Settings for every test, the first of them made before JAX is imported."""
 
+import gc
 import os
 import pathlib
 import time
@@ -9,6 +10,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 
 import jax
 import pytest
+
+# Tracing makes objects by the million, and few of them are garbage of cycles: look for it less often.
+gc.set_threshold(20_000, 20, 20)
 
 # Every compiled CPU program holds some hundred memory maps, of which Linux grants a process 65,530: beyond
 # that the compiler crashes.
@@ -28,4 +32,5 @@ def few_memory_maps():
         return
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > MAX_MAPS:
         jax.clear_caches()
+        gc.collect()  # programs in cycles of references
     _looked = time.monotonic()

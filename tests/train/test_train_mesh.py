@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from deltajax.models import get_preset
+from tests import eight_devices
 from tests.train.train_common import environment
 from train.config import ConfigError, DataConfig, MeshConfig, TrainConfig
 from train.config_checks import check
@@ -59,7 +60,7 @@ def curves(*args):
     """`tests.train.mesh_curves`, in a process of its own with 8 devices."""
     return subprocess.run(
         [sys.executable, "-m", "tests.train.mesh_curves", *args],
-        env=environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]},
+        env=environment() | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {eight_devices.OLDER_FUSIONS}"},
         capture_output=True,
         text=True,
     )
