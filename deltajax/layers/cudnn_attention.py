@@ -7,6 +7,7 @@ primitives are plain JAX, or an error if cuDNN was asked for.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,9 @@ try:  # JAX has the backward half, and float32 log-sum-exps of the forward half,
 
     _kernels: Any = _jax_cudnn._dot_product_attention_fwd_p, _jax_cudnn._dot_product_attention_bwd_p
     _masks: Any = _jax_cudnn.MaskType
+    # JAX 0.12's take a function of the logits, too; none is None.
+    _names = inspect.signature(_jax_cudnn._dot_product_attention_fwd_cuda_lowering).parameters
+    _later = {name: None for name in ("score_mod_name", "score_mod_jaxpr") if name in _names}
 except (ImportError, AttributeError):
     _kernels = None
 
@@ -164,6 +168,7 @@ def _options(call: Call, flat: tuple[Array, ...]) -> dict[str, Any]:
         mask_type=_masks.CAUSAL if len(flat) <= 2 else _masks.NO_MASK,
         layout=0,  # [B, T, H, K]
         sliding_window_length=window,
+        **_later,
     )
 
 

@@ -184,7 +184,7 @@ def assert_close(got: dict, expected: dict, tolerances: dict, cosines: bool = Tr
     assert not bad, bad
 
 
-@pytest.mark.parametrize("group", by_program(SHARED + EXTRA))
+@pytest.mark.parametrize("group", list(by_program(SHARED + EXTRA)))
 def test_bfloat16_equals_the_float64_scan_in_outputs_and_all_gradients(group, interpret):
     interpret(seed_of(group[0]))
     for case in group:
