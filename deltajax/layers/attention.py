@@ -12,7 +12,14 @@ from deltajax.layers.attention_blocks import Source
 from deltajax.layers.attention_cache import AttentionCache, NewTokens, layout_after
 from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
 from deltajax.layers.fused_attention import attend_own
-from deltajax.layers.head_swap import keys_by_heads, outputs_by_tokens, queries_by_heads, swaps, whole_ids
+from deltajax.layers.head_swap import (
+    keys_by_heads,
+    outputs_by_tokens,
+    queries_by_heads,
+    swaps,
+    whole_ids,
+    whole_rows,
+)
 from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
 from deltajax.layers.parameters import INITIALIZER_RANGE, linear
@@ -57,8 +64,8 @@ class Attention(nnx.Module):
       initializer_range: standard deviation of the kernels.
       implementation: None: cuDNN where a program is lowered for NVIDIA GPUs, it takes the call and there is
         no window nor heads of more than 128 channels, else plain JAX; "xla": never cuDNN; "cudnn": an error
-        where it does not run. Calls with a cache, or with rows
-        spread over devices whose heads are not swapped, pass it to `jax.nn.dot_product_attention`.
+        where it does not run. Calls with a cache, or with rows spread over devices whose heads are not
+        swapped, pass it to `jax.nn.dot_product_attention`.
       dtype: compute dtype (the softmax is in float32).
       param_dtype: parameter dtype.
       rngs: parameter randomness.
@@ -259,7 +266,7 @@ class Attention(nnx.Module):
         if many or 2 * span >= T:
             keys = own
             if axis_name is not None and window is None:
-                k, v = (jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
+                k, v = (whole_rows(x, axis_name) for x in (k, v))
                 keys = whole
             elif axis_name is not None:
                 k, v, keys = jax.tree.map(lambda a: _after(left_halo(a, reach, axis_name), a), (k, v, own))

@@ -137,3 +137,14 @@ def _extents(layout: Layout, size: int) -> _Extents:
         return jnp.min(jnp.where(real, x, top), axes), jnp.max(jnp.where(real, x, -1), axes)
 
     return _Extents(*ends(run), *ends(position))
+
+
+def one_size(q: Array, key: Array, value: Array, unit: int = 1) -> tuple[Array, Array, Array]:
+    """With heads of one size, a multiple of the unit: zeros fill the smaller."""
+    size = -(-max(key.shape[-1], value.shape[-1]) // unit) * unit
+    return widened(q, size), widened(key, size), widened(value, size)
+
+
+def widened(x: Float[Array, "B T H K"], size: int) -> Float[Array, "B T H {size}"]:
+    """With so many channels, zeros behind its own."""
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])]) if size > x.shape[-1] else x

@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from deltajax.layers.attention_blocks import Source
-from deltajax.layers.blockwise import blockwise_attention, many_logits
+from deltajax.layers.attention_blocks import Source, one_size, widened
+from deltajax.layers.blockwise import attend
 from deltajax.layers.layout import Layout, causal_mask, layout_of
 
 try:  # JAX has the backward half, and float32 log-sum-exps of the forward half, under private names only
@@ -121,7 +121,7 @@ def _forward_cudnn(call: Call, q, key, value, *flat) -> tuple[Array, Array]:
 
 def _backward_cudnn(call: Call, q, key, value, o, lse, do, *flat) -> tuple[Array, ...]:
     arrays = _sized(q, key, value)
-    o, do = (_widened(x, arrays[2].shape[-1]) for x in (o, do.astype(q.dtype)))
+    o, do = (widened(x, arrays[2].shape[-1]) for x in (o, do.astype(q.dtype)))
     gradients = _kernels[1].bind(*arrays, *_rest(call, q, flat), lse, o, do, **_options(call, flat))
     return tuple(d[..., : x.shape[-1]] for d, x in zip(gradients, (q, key, value), strict=True))
 
@@ -131,12 +131,7 @@ def _sized(q: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
     version = _host()[1]
     if (key.shape[-1], value.shape[-1]) == LATENT and (version is None or version >= LATENT_VERSION):
         return q, key, value
-    size = -(-max(key.shape[-1], value.shape[-1]) // 8) * 8
-    return _widened(q, size), _widened(key, size), _widened(value, size)
-
-
-def _widened(x: Array, size: int) -> Array:
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])]) if size > x.shape[-1] else x
+    return one_size(q, key, value, unit=8)
 
 
 def _rest(call: Call, q: Array, flat: tuple[Array, ...]) -> list[Array]:
@@ -175,15 +170,14 @@ def _options(call: Call, flat: tuple[Array, ...]) -> dict[str, Any]:
 def _plain(call: Call, q, key, value, *flat) -> Array:
     """The call in plain JAX."""
     layouts = _layouts(flat) or (layout_of(q.shape[0], q.shape[1], None, None),)
-    queries, keys = layouts[0], layouts[-1]
-    if many_logits(q, key.shape[1]):
-        both: Callable[..., tuple[Array, Array]] = lambda key, value: (key, value)  # noqa: E731
-        source = Source((key, value), keys)
-        return blockwise_attention(q, queries, [source], both, window=call.window, scale=call.scale)
-    size = max(key.shape[-1], value.shape[-1])
-    q, key, wide = (_widened(x, size) for x in (q, key, value))
-    mask = causal_mask(queries, keys, call.window)
-    return jax.nn.dot_product_attention(q, key, wide, mask=mask, scale=call.scale)[..., : value.shape[-1]]
+    both: Callable[..., tuple[Array, Array]] = lambda key, value: (key, value)  # noqa: E731
+
+    def dense(q, key, value, mask):
+        q, key, wide = one_size(q, key, value)
+        return jax.nn.dot_product_attention(q, key, wide, mask=mask, scale=call.scale)[..., : value.shape[-1]]
+
+    source = Source((key, value), layouts[-1])
+    return attend(q, layouts[0], [source], both, dense, window=call.window, scale=call.scale)
 
 
 def _forward_plain(call: Call, q, key, value, *flat) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from deltajax.layers.attention_blocks import Source
+from deltajax.layers.attention_blocks import Source, one_size
 from deltajax.layers.attention_cache import LatentCache, NewTokens, held, layout_after
 from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
 from deltajax.layers.fused_attention import attend_own
@@ -298,15 +298,10 @@ class LatentAttention(nnx.Module):
     def _softmax(self, q, key, value, mask) -> Float[Array, "B T H V"]:
         """`jax.nn.dot_product_attention`, which wants one head size: zeros fill the smaller."""
         V = value.shape[-1]
-        size = max(V, key.shape[-1])
-        q, key, value = (_widened(x, size) for x in (q, key, value))
+        q, key, value = one_size(q, key, value)
         o = jax.nn.dot_product_attention(q, key, value, mask=mask, scale=self._scale, is_causal=mask is None)
         return o[..., :V]
 
     def _output(self, o, segment_ids) -> Float[Array, "B T D"]:
         o = without_padding(o, segment_ids)
         return self.o_proj(o.reshape(*o.shape[:2], -1))
-
-
-def _widened(x: Float[Array, "B T H K"], size: int) -> Float[Array, "B T H {size}"]:
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, size - x.shape[-1])])
