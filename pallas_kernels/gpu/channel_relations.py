@@ -143,8 +143,8 @@ def channel_relations(
             *[jax.ShapeDtypeStruct((B, HV, NC, 2, CHUNK), jnp.float32)] * (sides > 1),
         ),
         scratch_types=scratch,
-        grid=(NC, HV, B),
-        grid_names=("chunk", "head", "batch"),
+        grid=(B * HV * NC,),
+        grid_names=("block",),
         **threads,
         kernel_name="channel_relations",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
@@ -209,7 +209,7 @@ def _body(
     g_raw, (sum_tile,), G_tile = each(g_raw, halves), each(sum_tile, 1), own(G_tile)
     token_tile, own_tile, norm_tile, decay_tile = map(own, (token_tile, own_tile, norm_tile, decay_tile))
     gate_tile, g_loaded, loaded = (None if x is None else own(x) for x in (gate_tile, g_loaded, loaded))
-    c, h, b = (lax.axis_index(name) for name in ("chunk", "head", "batch"))
+    b, h, c = tiles.place_from_the_end(tokens_ref.shape[:3])
     here = pl.ds(c * CHUNK, CHUNK)
     square = (CHUNK, CHUNK)
     plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile, g_loaded)

@@ -186,7 +186,7 @@ def channel_forward(
         normalize=normalize,
         scale=scale,
     )
-    chunks = Chunks(queries, reads, keys, solve, p, tokens[:, :, :, :1], decay)
+    chunks = Chunks(queries, reads, keys, solve, p, tokens, decay)
     layout = plan(v, q.shape[-1], channel=True, spans=spans)
     o, final, kept = walk(chunks, v, state, gated=True, plan=layout, keep=keep, spans=spans, enter=enter)
     return o, final, None if kept is None else ChannelSaved(kept, chunks, norms)
@@ -231,7 +231,7 @@ def channel_backward(
         q,
         k,
         g,
-        tokens_of(beta, kind),
+        chunks.factors,
         gate,
         values,
         norms,

@@ -120,12 +120,13 @@ class Parts:
 
     def place(self, n):
         """Batch row, head, chunk and side of the block's n-th turn."""
-        _, HV, NC = self.refs.states.shape[:3]
+        B, HV = self.refs.states.shape[:2]
         turn = lax.axis_index("block") + n * min(MULTIPROCESSORS, num_turns(self.refs.states))
         at: Any = turn if self.sides == 1 else lax.div(turn, self.sides)
         side = 0 if self.sides == 1 else lax.rem(turn, self.sides)
-        # Heads first: what blocks load at a time lies together in memory.
-        return lax.div(at, HV * NC), lax.rem(at, HV), lax.rem(lax.div(at, HV), NC), side
+        # Heads first: what blocks load at a time lies together in memory. The sequences' first chunks, with
+        # which the walk back ended, are still in the L2 cache.
+        return lax.rem(lax.div(at, HV), B), lax.rem(at, HV), lax.div(at, B * HV), side
 
     def channels(self, side, half):
         """Which of K are some warpgroup's."""

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
-from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, OUT, READ
+from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, NUM_FACTORS, OUT, READ
 from pallas_kernels.gpu.sides import Sides, scratch, sides_of, stages_of
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
 
@@ -34,7 +34,7 @@ class Chunks(NamedTuple):
     No gate or a per-head gate (`relations.head_relations`): ``queries`` and ``reads`` are q and k as they
     are, [B, T, H, K]; ``keys`` and ``decay`` are None; factors are [B, HV, NC, 8, 64].
     Per-channel gate (`channel_relations`): queries, reads, keys [B, HV, NC, 64, K], decay [B, HV, NC, K]
-    float32, factors [B, HV, NC, 1, 64], beta alone.
+    float32, factors [B, HV, NC, 1 or more, 64], of which beta, the first, counts.
     """
 
     queries: jax.Array
@@ -44,6 +44,11 @@ class Chunks(NamedTuple):
     p: jax.Array  # [B, HV, NC, 64, 64]
     factors: jax.Array  # float32
     decay: jax.Array | None
+
+    @property
+    def num_factors(self) -> int:
+        """Factors of a token that the walk reads."""
+        return NUM_FACTORS if self.keys is None else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +174,8 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False, spans=None):
         plan = dataclasses.replace(plan, stages=2)  # shared memory goes to what is kept
     B, _, HV, V = v.shape
     K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
-    NC, num_factors = chunks.factors.shape[2:4]
     channel = chunks.keys is not None
+    NC, num_factors = chunks.factors.shape[2], chunks.num_factors
     stages, warpgroups, sides = plan.stages, plan.warpgroups, sides_of(K)
     width, ring = K // sides, stages_of(stages, K)
     late = channel and sides == 2  # one stage of what only a step's second half reads: memory holds no more
@@ -336,7 +341,8 @@ def _body(
             if sides.number == 2:
                 load_v()
             by_sides(chunks.reads, of_chunk, k_tile, slot, bar)
-            plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
+            factors = chunks.factors.at[b, h, c, pl.ds(0, factor_tile.shape[1])]
+            plgpu.copy_gmem_to_smem(factors, factor_tile.at[slot], bar)
             if late_loaded is None:
                 load_writes(c, slot, bar)
             if outputs:

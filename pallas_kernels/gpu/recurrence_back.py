@@ -78,7 +78,7 @@ def _call(chunks, do, state, gated, plan, *, outputs, spans=None, whole=False):
     """The kernel; without ``outputs``, what those of each run but the first (``whole``: of each) add."""
     B, _, HV, V = do.shape
     K, dtype = chunks.reads.shape[-1], chunks.reads.dtype
-    NC, num_factors = chunks.factors.shape[2:4]
+    NC, num_factors = chunks.factors.shape[2], chunks.num_factors
     channel = chunks.keys is not None
     stages, warpgroups, sides = plan.stages, plan.warpgroups, sides_of(K)
     width, ring = K // sides, stages_of(stages, K)
@@ -215,7 +215,8 @@ def _body(
                 load_do()
             if late_loaded is None:
                 by_sides(chunks.reads, of_chunk, k_tile, slot, bar)
-            plgpu.copy_gmem_to_smem(chunks.factors.at[b, h, c], factor_tile.at[slot], bar)
+            factors = chunks.factors.at[b, h, c, pl.ds(0, factor_tile.shape[1])]
+            plgpu.copy_gmem_to_smem(factors, factor_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
             plgpu.copy_gmem_to_smem(chunks.solve.at[b, h, c], t_tile.at[slot], bar)
             if late_loaded is None:

@@ -64,8 +64,8 @@ def head_relations(
             sum_tile=plgpu.SMEM((CHUNK,), jnp.float32),
             loaded=plgpu.Barrier(num_arrivals=3),
         ),
-        grid=(NC, HV, B),
-        grid_names=("chunk", "head", "batch"),
+        grid=(B * HV * NC,),
+        grid_names=("block",),
         kernel_name="head_relations",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )
@@ -97,7 +97,7 @@ def _body(
     scale,
 ):
     q_tile, relation_tile = q_tile
-    c, h, b = (lax.axis_index(name) for name in ("chunk", "head", "batch"))
+    b, h, c = tiles.place_from_the_end(tokens_ref.shape[:3])
     here = pl.ds(c * CHUNK, CHUNK)
     square = (CHUNK, CHUNK)
     plgpu.copy_gmem_to_smem(tokens_ref.at[b, h, c], token_tile, loaded)

@@ -26,6 +26,17 @@ def tile(shape: tuple[int, ...], dtype) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def place_from_the_end(shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """Batch row, head and chunk of a block of a grid ("block",) over all of them, ``shape`` [B, HV, NC].
+
+    The sequences' last chunks come first: what is written for their first ones is still in the L2 cache when
+    a walk begins with these.
+    """
+    B, HV, NC = shape
+    i = lax.axis_index("block")
+    return lax.rem(lax.div(i, HV), B), lax.rem(i, HV), NC - 1 - lax.div(i, B * HV)
+
+
 def constant(value: float, layout, n: int = CHUNK) -> jax.Array:
     """[n] of one value, as registers of the given layout."""
     return plgpu.layout_cast(jnp.full((n,), value, jnp.float32), layout)
