@@ -17,13 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import rowwise, tiles
 from pallas_kernels.gpu.channel_decay import across_border, pull_gate, token_decays, tokens_in_line
 from pallas_kernels.gpu.gradient_parts import (
-    MULTIPROCESSORS,
     PartInputs,
     Parts,
     num_turns,
     part_tiles,
 )
-from pallas_kernels.gpu.limits import PRESENT
+from pallas_kernels.gpu.limits import MULTIPROCESSORS, PRESENT
 from pallas_kernels.gpu.sides import sides_of
 from pallas_kernels.gpu.tiles import (
     CHUNK,

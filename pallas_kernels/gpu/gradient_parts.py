@@ -15,10 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
+from pallas_kernels.gpu.limits import MULTIPROCESSORS
 from pallas_kernels.gpu.sides import sides_of
 from pallas_kernels.gpu.tiles import CHUNK, HALF, ROW, L, tile
-
-MULTIPROCESSORS = 132
 
 
 class PartInputs(NamedTuple):

@@ -10,12 +10,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.gradient_parts import (
-    MULTIPROCESSORS,
     PartInputs,
     Parts,
     num_turns,
     part_tiles,
 )
+from pallas_kernels.gpu.limits import MULTIPROCESSORS
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, NUM_FACTORS, OUT, QUERY, READ, SUM
 from pallas_kernels.gpu.sides import sides_of
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, HALF, ROW, L, columns, cut, iota, load, rows, split, tile

@@ -16,14 +16,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.channel_decay import LOG2E
-from pallas_kernels.gpu.limits import SHARED_KEY
+from pallas_kernels.gpu.limits import MULTIPROCESSORS, SHARED_KEY
 from pallas_kernels.gpu.tiles import CHUNK, ROW, L
 
 HEADS = 64  # rows of a product: fewer heads are filled up with zeros
 BUFFERS = 2
 HALVES = 2  # of the latent's channels, one a warpgroup
 OVERHEAD = 2  # of a block, in turns
-MULTIPROCESSORS = 132
 LOWEST = (
     -1e30
 )  # the logit of an empty slot, and the maximum before the first: finite, so that differences are

@@ -1,5 +1,7 @@
 """Sizes and marks that callers need before a kernel runs: apart, since Mosaic is slow to import."""
 
+MULTIPROCESSORS = 132  # of an H100, over which work is spread; fewer or more are right, too
+
 CHUNK = 64  # tokens a chunk: one warpgroup's rows in a wgmma
 
 # The delta rule's log decays, and what becomes of a token, second row of ``tokens``.

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.channel_decay import LOG2E, sigmoid, softplus
+from pallas_kernels.gpu.limits import MULTIPROCESSORS
 from pallas_kernels.gpu.tiles import store
 
 WARPS = 4  # of a block
@@ -23,7 +24,6 @@ TILE = 8192  # numbers of a tile: 64 registers a thread
 NARROWEST, WIDEST = 32, 64  # columns: 8 or 16 lanes side by side
 BUFFERS = 3  # of a block: a tile that comes, one that is updated, one that goes
 MOST_BLOCKS = 4  # of a multiprocessor
-MULTIPROCESSORS = 132
 SHARED = 232448  # bytes of a multiprocessor
 RESERVED = 4096  # of them by each block, for sums across warps and barriers
 

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.limits import CHUNK
+from pallas_kernels.gpu.limits import CHUNK, MULTIPROCESSORS
 
 HALF = 64  # channels at a time
 
@@ -29,12 +29,16 @@ def tile(shape: tuple[int, ...], dtype) -> Any:
 def place_from_the_end(shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """Batch row, head and chunk of a block of a grid ("block",) over all of them, ``shape`` [B, HV, NC].
 
-    The sequences' last chunks come first: what is written for their first ones is still in the L2 cache when
-    a walk begins with these.
+    What is written last is still in the L2 cache when a walk begins: the first chunks of as many heads as a
+    wave of its blocks has.
     """
     B, HV, NC = shape
-    i = lax.axis_index("block")
-    return lax.rem(lax.div(i, HV), B), lax.rem(i, HV), NC - 1 - lax.div(i, B * HV)
+    i = B * HV * NC - 1 - lax.axis_index("block")
+    wave = lax.div(i, MULTIPROCESSORS * NC)
+    heads = lax.min(MULTIPROCESSORS, B * HV - wave * MULTIPROCESSORS)
+    i = i - wave * (MULTIPROCESSORS * NC)
+    head = wave * MULTIPROCESSORS + lax.rem(i, heads)
+    return lax.div(head, HV), lax.rem(head, HV), lax.div(i, heads)
 
 
 def constant(value: float, layout, n: int = CHUNK) -> jax.Array:
