@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.limits import CHUNK, MULTIPROCESSORS
+from pallas_kernels.gpu.limits import CHUNK
 
 HALF = 64  # channels at a time
 
@@ -29,16 +29,12 @@ def tile(shape: tuple[int, ...], dtype) -> Any:
 def place_from_the_end(shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """Batch row, head and chunk of a block of a grid ("block",) over all of them, ``shape`` [B, HV, NC].
 
-    What is written last is still in the L2 cache when a walk begins: the first chunks of as many heads as a
-    wave of its blocks has.
+    The sequences' last chunks come first: what is written for their first ones is still in the L2 cache when
+    a walk begins with these.
     """
     B, HV, NC = shape
-    i = B * HV * NC - 1 - lax.axis_index("block")
-    wave = lax.div(i, MULTIPROCESSORS * NC)
-    heads = lax.min(MULTIPROCESSORS, B * HV - wave * MULTIPROCESSORS)
-    i = i - wave * (MULTIPROCESSORS * NC)
-    head = wave * MULTIPROCESSORS + lax.rem(i, heads)
-    return lax.div(head, HV), lax.rem(head, HV), lax.div(i, heads)
+    i = lax.axis_index("block")
+    return lax.rem(lax.div(i, HV), B), lax.rem(i, HV), NC - 1 - lax.div(i, B * HV)
 
 
 def constant(value: float, layout, n: int = CHUNK) -> jax.Array:
