@@ -44,9 +44,9 @@ def attend_own(
     """Causal attention of tokens to those before, within one segment.
 
     Lowered for CUDA, cuDNN's kernels run, forward and backward, where they take the call and it pays, and
-    cuDNN and the GPU are recent enough; everywhere else `plain`. With a window, or heads of more than 128
-    channels or of two sizes (latent attention), only where cuDNN is asked for. What cuDNN keeps for its
-    backward half has the name that remat policies save.
+    cuDNN and the GPU are recent enough (heads of more than 128 channels want Hopper; keys of 192 with values
+    of 128, Hopper or later); everywhere else `plain`. With a window of less than half a row's tokens, only
+    where cuDNN is asked for. What cuDNN keeps for its backward half has the name that remat policies save.
 
     Args:
       q: [B, T, H, K].
@@ -74,8 +74,7 @@ def attend_own(
         if reason is not None:
             raise NotImplementedError(f"implementation='cudnn': {reason}")
         return _attend(fused, q, arrays, params, layout)
-    chosen = _checked(key, value, window) and _pays(q, layout)
-    if implementation == "xla" or reason is not None or not chosen:
+    if implementation == "xla" or reason is not None or not _pays(q, layout, window):
         return plain(q, arrays, params)
     alike = lambda form: lambda *x: vary_alike(form(*x), q)[0]  # noqa: E731
     return lax.platform_dependent(
@@ -88,15 +87,14 @@ def attend_own(
     )
 
 
-def _checked(key: Array, value: Array, window: int | None) -> bool:
-    """Whether such calls were compared with the dense form on a card; others ask for cuDNN by name."""
-    return window is None and key.shape[-1] == value.shape[-1] <= 128
+def _pays(q: Float[Array, "B T H K"], layout: Layout | None, window: int | None) -> bool:
+    """Whether a call that does not ask for cuDNN is one for it: enough tokens, not too large a bias.
 
-
-def _pays(q: Float[Array, "B T H K"], layout: Layout | None) -> bool:
-    """Whether a call that does not ask for cuDNN is one for it: enough tokens, not too large a bias."""
+    In smaller windows plain JAX leaves out pairs, too, and was not timed beside cuDNN.
+    """
     B, T = q.shape[:2]
-    return T >= MIN_TOKENS and (layout is None or 2 * B * T * T <= MAX_BIAS)
+    wide = window is None or 2 * window >= T
+    return wide and T >= MIN_TOKENS and (layout is None or 2 * B * T * T <= MAX_BIAS)
 
 
 def _span(T: int, window: int | None) -> int | None:

@@ -48,12 +48,11 @@ class LatentAttention(nnx.Module):
     tokens for heads: it makes keys and values, and attends, for its share of the heads (`layers.head_swap`);
     where the heads do not divide, for all heads with its own tokens as queries.
 
-    Speed and memory: with `implementation="cudnn"` a call without a cache, in bfloat16 or float16, lowered
-    for NVIDIA GPUs, runs in cuDNN's fused kernel (`layers.fused_attention`), on keys and values that are made
-    of the latents once more for the derivative. Else attention holds a device's logits of T tokens with each
-    other, and with every slot of a cache, where these are few, else it goes block by block, in bounded
-    memory, and makes keys and values of the latents block by block too, also for the derivative
-    (`layers.blockwise`).
+    Speed and memory: in a call without a cache, in bfloat16 or float16, that is lowered for NVIDIA GPUs,
+    cuDNN's fused kernel runs where it can (`layers.fused_attention`), on keys and values that are made of the
+    latents once more for the derivative. Else attention holds a device's logits of T tokens with each other,
+    and with every slot of a cache, where these are few, else it goes block by block, in bounded memory, and
+    makes keys and values of the latents block by block too, also for the derivative (`layers.blockwise`).
 
     Args:
       hidden_size: width D.
@@ -66,8 +65,8 @@ class LatentAttention(nnx.Module):
       rope_theta: base of the rotary embedding; None for no position embedding.
       norm_eps: epsilon of the norms.
       initializer_range: standard deviation of the kernels.
-      implementation: of calls without a cache. "cudnn": cuDNN where a program is lowered for NVIDIA GPUs, an
-        error where it does not run; None or "xla": plain JAX.
+      implementation: of calls without a cache. None: cuDNN where a program is lowered for NVIDIA GPUs and it
+        takes the call, else plain JAX; "xla": never cuDNN; "cudnn": an error where it does not run.
       dtype: compute dtype (the softmax is in float32).
       param_dtype: parameter dtype.
       rngs: parameter randomness.

@@ -30,7 +30,6 @@ class Kernel:
         lowering, after the residuals' shapes are fixed, so the other platforms carry unused zeros.
       spreads: whether the halves take a call whose tokens are spread over a mesh axis; `context` makes such
         halves of the others.
-      by_default: whether a call that names no implementation takes these kernels, where they support it.
     """
 
     forward: Callable[[Inputs, Options], tuple[Array, Array]]
@@ -38,7 +37,6 @@ class Kernel:
     unsupported: Callable[[Inputs, Options], str | None]
     saving: Callable[[Inputs, Options], tuple[Array, Array, tuple[Array, ...]]] | None = None
     spreads: Callable[[Options], bool] = lambda options: False
-    by_default: Callable[[Inputs, Options], bool] = lambda inputs, options: True
 
 
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of what kernels save for their backward halves: a remat policy
@@ -47,12 +45,7 @@ SAVED = "delta_rule_saved"
 # Lowering platform ("tpu", "cuda") -> its Pallas kernels.
 PALLAS: Mapping[str, Kernel] = {
     "cuda": Kernel(
-        pallas_gpu.forward,
-        pallas_gpu.backward,
-        pallas_gpu.unsupported,
-        pallas_gpu.saving,
-        pallas_gpu.spreads,
-        by_default=pallas_gpu.checked,
+        pallas_gpu.forward, pallas_gpu.backward, pallas_gpu.unsupported, pallas_gpu.saving, pallas_gpu.spreads
     ),
     "tpu": Kernel(pallas_tpu.forward, pallas_tpu.backward, pallas_tpu.unsupported, pallas_tpu.saving),
 }
@@ -83,8 +76,7 @@ def _run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[
             f"implementation must be 'pallas', 'chunked', 'scan' or None, got {implementation!r}"
         )
     asked = implementation == "pallas"
-    kernels = {p: k for p, k in PALLAS.items() if asked or k.by_default(inputs, options)}
-    reasons = {platform: _unsupported(kernel, inputs, options) for platform, kernel in kernels.items()}
+    reasons = {platform: _unsupported(kernel, inputs, options) for platform, kernel in PALLAS.items()}
     return _op(inputs, options, supporting(reasons, asked=asked, what="call"), not asked)
 
 

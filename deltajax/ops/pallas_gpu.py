@@ -29,11 +29,6 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
     return other_gpu()
 
 
-def checked(inputs: Inputs, options: Options) -> bool:
-    """Whether what a call runs was checked on a card: else it is to be asked for."""
-    return inputs.q.shape[-1] <= 128 or options.gate_kind != "channel"
-
-
 @functools.cache
 def other_gpu() -> str | None:
     """What GPU is here, if no Hopper; None also without one: the program may be lowered for another host."""

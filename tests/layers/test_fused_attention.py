@@ -30,6 +30,8 @@ def latent(**options):
 
 LAYERS = {
     "full": attention,
+    "heads of 256": functools.partial(attention, head_dim=256),
+    "half window": functools.partial(attention, window_size=T // 2),
     "wide window": functools.partial(attention, window_size=100),
     "window": functools.partial(attention, window_size=5),
     "odd heads": functools.partial(attention, head_dim=20),
@@ -127,7 +129,7 @@ def stand_ins(monkeypatch, small_blocks):
 # Names of `LAYERS`, and whether rows are packed.
 FORMS = [("latent", True), ("window", True), ("wide window", False), ("full", False)]
 MORE = [("odd heads", True), ("latent", False), ("window", False), ("wide window", True)]
-BY_DEFAULT = ("full", "odd heads")
+BY_DEFAULT = ("full", "odd heads", "heads of 256", "half window", "latent")
 MORE = [pytest.param(*form, marks=pytest.mark.slow) for form in MORE]
 
 
@@ -148,7 +150,9 @@ def test_the_kernels_get_what_makes_the_layers_outputs_and_gradients(stand_ins, 
         np.testing.assert_array_equal(jnp.where(padding, dx, 0), 0)
 
 
-@pytest.mark.parametrize(("name", "packed"), [*FORMS, *MORE])
+@pytest.mark.parametrize(
+    ("name", "packed"), [*FORMS, *MORE, ("heads of 256", True), ("half window", False), ("half window", True)]
+)
 def test_a_program_holds_the_kernels_where_it_is_lowered_for_cuda(name, packed):
     layer, asked = (LAYERS[name](dtype=jnp.bfloat16, implementation=i) for i in (None, "cudnn"))
     kind = "ScaleBiasSoftmax" if packed else "Softmax"
