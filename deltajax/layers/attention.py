@@ -62,10 +62,9 @@ class Attention(nnx.Module):
       output_gate: gate the output.
       norm_eps, zero_centered_norm: epsilon and form of these norms, see `RMSNorm`.
       initializer_range: standard deviation of the kernels.
-      implementation: None: cuDNN where a program is lowered for NVIDIA GPUs, it takes the call and a window,
-        if any, is at least half a row's tokens, else plain JAX; "xla": never cuDNN; "cudnn": an error where
-        it does not run. Calls with a cache, or with rows spread over devices whose heads are not swapped,
-        pass it to `jax.nn.dot_product_attention`.
+      implementation: None: cuDNN where a program is lowered for NVIDIA GPUs and it takes the call, else plain
+        JAX; "xla": never cuDNN; "cudnn": an error where it does not run. Calls with a cache, or with rows
+        spread over devices whose heads are not swapped, pass it to `jax.nn.dot_product_attention`.
       dtype: compute dtype (the softmax is in float32).
       param_dtype: parameter dtype.
       rngs: parameter randomness.

@@ -13,15 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from deltajax.layers import ragged_rows
 from deltajax.layers.attention_blocks import Source, one_size, widened
 from deltajax.layers.blockwise import attend
 from deltajax.layers.layout import Layout, causal_mask, layout_of
+from deltajax.ops.problem import vary_alike
 
 try:  # JAX has the backward half, and float32 log-sum-exps of the forward half, under private names only
     from jax._src.cudnn import fused_attention_stablehlo as _jax_cudnn
@@ -36,6 +39,8 @@ except (ImportError, AttributeError):
 
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 MAX_HEAD = 256
+# Where packed rows are read with a bias for each pair of tokens, it has at most so many bytes.
+MAX_BIAS = 2**30
 LATENT = (192, 128)  # sizes of keys and values that cuDNN takes as they are, from this version on
 LATENT_VERSION = 91000
 
@@ -113,17 +118,89 @@ def _layouts(flat: tuple[Array, ...]) -> tuple[Layout, ...]:
     return tuple(Layout(*flat[i : i + 2]) for i in range(0, len(flat), 2))
 
 
-def _forward_cudnn(call: Call, q, key, value, *flat) -> tuple[Array, Array]:
-    arrays, V = _sized(q, key, value), value.shape[-1]
-    o, lse = _kernels[0].bind(*arrays, *_rest(call, q, flat), **_options(call, flat), is_training=True)
-    return o[..., :V], lse
+def _forward_cudnn(call: Call, q, key, value, *flat) -> tuple[Array, ...]:
+    def by_mask(q, key, value, *flat):
+        arrays, V = _sized(q, key, value), value.shape[-1]
+        rest, options = _rest(call, q, flat), _options(call, flat)
+        o, lse = _kernels[0].bind(*arrays, *rest, **options, is_training=True)
+        return o[..., :V], lse
+
+    def by_segments(M, q, key, value, *flat):
+        (layout,), V = _layouts(flat), value.shape[-1]
+        found = ragged_rows.segments(layout, M)
+        arrays = one_size(q, key, value, unit=8)
+        o, sums = _kernels[0].bind(
+            *arrays, *_places(found, arrays), **_options(call, (), listed=True), is_training=True
+        )
+        lse = ragged_rows.by_token(sums, layout, found.own)
+        return jnp.where((layout.run != 0)[..., None, None], o[..., :V], 0), lse
+
+    return _either(call, by_segments, by_mask, _forward_plain, (q, key, value), flat)
 
 
 def _backward_cudnn(call: Call, q, key, value, o, lse, do, *flat) -> tuple[Array, ...]:
-    arrays = _sized(q, key, value)
-    o, do = (widened(x, arrays[2].shape[-1]) for x in (o, do.astype(q.dtype)))
-    gradients = _kernels[1].bind(*arrays, *_rest(call, q, flat), lse, o, do, **_options(call, flat))
-    return tuple(d[..., : x.shape[-1]] for d, x in zip(gradients, (q, key, value), strict=True))
+    def by_mask(q, key, value, o, lse, do, *flat):
+        arrays = _sized(q, key, value)
+        o, do = (widened(x, arrays[2].shape[-1]) for x in (o, do.astype(q.dtype)))
+        gradients = _kernels[1].bind(*arrays, *_rest(call, q, flat), lse, o, do, **_options(call, flat))
+        return tuple(d[..., : x.shape[-1]] for d, x in zip(gradients, (q, key, value), strict=True))
+
+    def by_segments(M, q, key, value, o, lse, do, *flat):
+        (layout,) = _layouts(flat)
+        found = ragged_rows.segments(layout, M)
+        arrays = one_size(q, key, value, unit=8)
+        o, do = (widened(x, arrays[2].shape[-1]) for x in (o, do.astype(q.dtype)))
+        sums = ragged_rows.by_segment(lse, layout, found.own, M)
+        gradients = _kernels[1].bind(
+            *arrays, *_places(found, arrays), sums, o, do, **_options(call, (), listed=True)
+        )
+        real = (layout.run != 0)[..., None, None]
+        return tuple(
+            jnp.where(real, d[..., : x.shape[-1]], 0) for d, x in zip(gradients, (q, key, value), strict=True)
+        )
+
+    return _either(call, by_segments, by_mask, _backward_plain, (q, key, value, o, lse, do), flat)
+
+
+def _either(call: Call, by_segments, by_mask, plain, arrays, flat) -> tuple[Array, ...]:
+    """A call by one of its forms; of packed rows, it is known when the program runs by which.
+
+    Rows of one segment each, with padding at most behind, need no more than causality. Few segments go as a
+    list. Else cuDNN reads a bias for each pair of tokens, the same for all heads, or if that were large it is
+    plain JAX. A window is with a bias only.
+    """
+    q, key, value = arrays[:3]
+    if not flat:
+        return by_mask(*arrays)
+    large = 2 * q.shape[0] * q.shape[1] * key.shape[1] > MAX_BIAS and not call.asked
+    forms = [functools.partial(plain, call) if large else by_mask]
+    layouts = _layouts(flat)
+    if len(layouts) > 1 or call.window is not None:
+        return forms[0](*arrays, *flat)
+    forms.append(lambda *x: by_mask(*x[: -len(flat)]))
+    which = jnp.where(ragged_rows.whole(layouts[0]), 1, 0)
+    if M := _listed(q, key, value):
+        forms.append(functools.partial(by_segments, M))
+        which = jnp.where((which == 0) & ragged_rows.segments(layouts[0], M).fit, 2, which)
+    alike = lambda form: lambda *x: tuple(vary_alike(*form(*x), q)[:-1])  # noqa: E731
+    return lax.switch(which, [alike(form) for form in forms], *arrays, *flat)
+
+
+def _listed(q: Array, key: Array, value: Array) -> int:
+    """How many segments of each packed row may go to cuDNN as a list; 0: none."""
+    capability = _host()[0]
+    if capability is not None and capability < 9:
+        return 0
+    B, T, H, _ = q.shape
+    return ragged_rows.num_segments(B, T, H * max(key.shape[-1], value.shape[-1]))
+
+
+def _places(found: ragged_rows.Segments, arrays: tuple[Array, ...]) -> list[Array]:
+    """The kernels' other arguments where a list says which tokens see each other."""
+    q, key, _ = arrays
+    absent = jnp.zeros(0, q.dtype)
+    first = [found.first * (x.shape[2] * x.shape[3]) for x in (q, key)]  # counted in numbers
+    return [absent, found.length, found.length, *first, absent, absent]
 
 
 def _sized(q: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
@@ -152,15 +229,16 @@ def _seen(queries: Layout, keys: Layout, window: int | None) -> Bool[Array, "B 1
     return causal_mask(queries, keys, window)
 
 
-def _options(call: Call, flat: tuple[Array, ...]) -> dict[str, Any]:
+def _options(call: Call, flat: tuple[Array, ...], *, listed: bool = False) -> dict[str, Any]:
     """The kernels' static arguments. Their own causal mask skips what lies behind a token of the same row."""
+    mask = _masks.PADDING_CAUSAL if listed else _masks.CAUSAL if len(flat) <= 2 else _masks.NO_MASK
     window = call.window if not flat else None  # cuDNN takes no bias beside it
     return dict(
         scale=call.scale,
         seed=42,
         dropout_rate=0.0,
         variadic_args=(bool(flat), False),  # whether there is a bias, and whether its gradient is wanted
-        mask_type=_masks.CAUSAL if len(flat) <= 2 else _masks.NO_MASK,
+        mask_type=mask,
         layout=0,  # [B, T, H, K]
         sliding_window_length=window,
         **_later,

@@ -17,8 +17,6 @@ from deltajax.layers.layout import Layout
 from deltajax.ops.dispatch import SAVED
 from deltajax.ops.problem import vary_alike
 
-# Of packed rows cuDNN reads a bias for each pair of tokens, the same for all heads: at most so many bytes.
-MAX_BIAS = 2**30
 # Fewer tokens are left to plain JAX; more are filled up to a multiple of the unit.
 MIN_TOKENS, UNIT = 128, 64
 
@@ -45,8 +43,8 @@ def attend_own(
 
     Lowered for CUDA, cuDNN's kernels run, forward and backward, where they take the call and it pays, and
     cuDNN and the GPU are recent enough (heads of more than 128 channels want Hopper; keys of 192 with values
-    of 128, Hopper or later); everywhere else `plain`. With a window of less than half a row's tokens, only
-    where cuDNN is asked for. What cuDNN keeps for its backward half has the name that remat policies save.
+    of 128, Hopper or later); everywhere else `plain`. What cuDNN keeps for its backward half has the name
+    that remat policies save.
 
     Args:
       q: [B, T, H, K].
@@ -88,13 +86,14 @@ def attend_own(
 
 
 def _pays(q: Float[Array, "B T H K"], layout: Layout | None, window: int | None) -> bool:
-    """Whether a call that does not ask for cuDNN is one for it: enough tokens, not too large a bias.
+    """Whether a call that does not ask for cuDNN is one for it.
 
-    In smaller windows plain JAX leaves out pairs, too, and was not timed beside cuDNN.
+    It has tokens enough; with a window, packed rows are read with a bias that must not be too large.
     """
     B, T = q.shape[:2]
-    wide = window is None or 2 * window >= T
-    return wide and T >= MIN_TOKENS and (layout is None or 2 * B * T * T <= MAX_BIAS)
+    span = _span(T, window)
+    bias = 2 * B * T * (2 * span if span else T)  # bytes
+    return T >= MIN_TOKENS and (layout is None or window is None or bias <= cudnn_attention.MAX_BIAS)
 
 
 def _span(T: int, window: int | None) -> int | None:

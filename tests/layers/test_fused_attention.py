@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deltajax.layers import Attention, LatentAttention, cudnn_attention, fused_attention
+from deltajax.layers import Attention, LatentAttention, cudnn_attention, fused_attention, ragged_rows
+from deltajax.layers.layout import layout_of
 from deltajax.models.remat import rematerialized
 
 D, T = 32, 256
@@ -31,7 +32,6 @@ def latent(**options):
 LAYERS = {
     "full": attention,
     "heads of 256": functools.partial(attention, head_dim=256),
-    "half window": functools.partial(attention, window_size=T // 2),
     "wide window": functools.partial(attention, window_size=100),
     "window": functools.partial(attention, window_size=5),
     "odd heads": functools.partial(attention, head_dim=20),
@@ -73,6 +73,20 @@ class Forward:
     """What cuDNN's forward kernel computes, as far as JAX's own lowering of it says."""
 
     @staticmethod
+    def listed(q, key, value, bias, length, _, first, __, *rest, **options):
+        """Every segment's own tokens, one row of them all: what is not of a segment is NaN."""
+        B, T, H, K = q.shape
+        n = jnp.arange(B * T)
+        begin = first.ravel()[: length.size, None] // (H * K)
+        mine = (n >= begin) & (n < begin + length.ravel()[:, None])  # [segments, tokens]
+        place = jnp.where(mine, n - begin, 0).sum(axis=0)
+        own = jnp.where(mine.any(axis=0), mine.argmax(axis=0), length.size)
+        hidden = jnp.where(own[:, None] == own, 0.0, -jnp.inf)
+        joined = lambda x: x.reshape(1, B * T, *x.shape[2:])  # noqa: E731
+        causal = options | dict(mask_type=cudnn_attention._masks.CAUSAL, variadic_args=(True, False))
+        return [joined(x) for x in (q, key, value)], hidden, (own, place), causal
+
+    @staticmethod
     def weights(q, key, bias, options):
         n, m = jnp.arange(q.shape[1])[:, None], jnp.arange(key.shape[1])
         logits = jnp.einsum("bthk,bshk->bhts", q, key) * options["scale"]
@@ -85,7 +99,13 @@ class Forward:
             logits = jnp.where(seen, logits, -jnp.inf)
         return logits
 
-    def bind(self, q, key, value, bias, *absent, **options):
+    def bind(self, q, key, value, bias, *rest, **options):
+        if options["mask_type"] == cudnn_attention._masks.PADDING_CAUSAL:
+            arrays, hidden, (own, place), causal = self.listed(q, key, value, bias, *rest, **options)
+            o, lse = self.bind(*arrays, hidden, **causal)
+            o = jnp.where((own < rest[0].size)[:, None, None], o[0], jnp.nan)
+            sums = jnp.full((rest[0].size, q.shape[2], q.shape[1]), jnp.nan)
+            return o.reshape(*q.shape[:3], -1), sums.at[own, :, place].set(lse[0].T, mode="drop")
         key, value = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (key, value))
         logits = self.weights(q, key, bias, options)
         p = jax.nn.softmax(logits, axis=-1)
@@ -97,6 +117,14 @@ class Backward:
 
     def bind(self, q, key, value, bias, *rest, **options):
         *_, lse, o, do = rest
+        if options["mask_type"] == cudnn_attention._masks.PADDING_CAUSAL:
+            arrays, hidden, (own, place), causal = Forward.listed(q, key, value, bias, *rest, **options)
+            own_lse = lse.at[own, :, place].get(mode="fill", fill_value=0).T[None]
+            joined = (x.reshape(1, -1, *x.shape[2:]) for x in (o, do))
+            found = self.bind(*arrays, hidden, own_lse, *joined, **causal)
+            real = (own < rest[0].size)[:, None, None]
+            pairs = zip(found, (q, key, value), strict=True)
+            return [jnp.where(real, d[0], jnp.nan).reshape(x.shape) for d, x in pairs]
         groups = key.shape[2]
         key, value = (jnp.repeat(x, q.shape[2] // groups, axis=2) for x in (key, value))
         p = jnp.exp(Forward.weights(q, key, bias, options) - lse[..., None])
@@ -129,7 +157,6 @@ def stand_ins(monkeypatch, small_blocks):
 # Names of `LAYERS`, and whether rows are packed.
 FORMS = [("latent", True), ("window", True), ("wide window", False), ("full", False)]
 MORE = [("odd heads", True), ("latent", False), ("window", False), ("wide window", True)]
-BY_DEFAULT = ("full", "odd heads", "heads of 256", "half window", "latent")
 MORE = [pytest.param(*form, marks=pytest.mark.slow) for form in MORE]
 
 
@@ -151,14 +178,50 @@ def test_the_kernels_get_what_makes_the_layers_outputs_and_gradients(stand_ins, 
 
 
 @pytest.mark.parametrize(
-    ("name", "packed"), [*FORMS, *MORE, ("heads of 256", True), ("half window", False), ("half window", True)]
+    ("ids", "segments", "bias", "form"),
+    [
+        (packing(90), 2, 2**30, 2),  # four segments in all: a list
+        (packing(90), 1, 2**30, 0),  # a bias
+        (packing(90), 0, 0, 0),  # plain JAX
+        (packing(90).at[0].set(packing(90)[1]), 2, 0, 1),  # whole rows: causality alone
+    ],
 )
+@pytest.mark.parametrize("V", [8, pytest.param(12, marks=pytest.mark.slow)])
+def test_packed_rows_go_by_the_form_that_holds_them(stand_ins, monkeypatch, ids, segments, bias, form, V):
+    chosen = []
+
+    def switch(which, forms, *args):
+        chosen.append(int(which))
+        return forms[int(which)](*args)
+
+    monkeypatch.setattr(cudnn_attention, "lax", types.SimpleNamespace(switch=switch))
+    monkeypatch.setattr(cudnn_attention, "MAX_BIAS", bias)
+    monkeypatch.setattr(ragged_rows, "num_segments", lambda *sizes: segments)
+    ids = ids.at[1, -7:].set(0)
+    real = (ids != 0)[..., None, None]
+    call, layouts = cudnn_attention.Call(None, 0.3, False), (layout_of(2, 90, ids, None),)
+    q, key, value, do = jax.random.normal(jax.random.key(0), (4, 2, 90, 4, 12))
+    key, value, do = key[:, :, :2], value[:, :, :2, :V], jnp.where(real, do[..., :V], 0)
+    o, lse = cudnn_attention.forward(call, q, key, value, layouts)
+    got = o, *cudnn_attention.backward(call, q, key, value, layouts, o, lse, do)
+    want = cudnn_attention._forward_plain(call, q, key, value, *layouts[0])[0]
+    want = want, *cudnn_attention._backward_plain(call, q, key, value, o, lse, do, *layouts[0])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(*(jnp.where(real, x, 0) for x in (a, b)), rtol=1e-4, atol=1e-5)
+    for gradient in got[1:]:
+        np.testing.assert_array_equal(jnp.where(real, 0, gradient), 0)
+    assert chosen == [form] * 2
+
+
+@pytest.mark.parametrize(("name", "packed"), [*FORMS, *MORE, ("heads of 256", True)])
 def test_a_program_holds_the_kernels_where_it_is_lowered_for_cuda(name, packed):
     layer, asked = (LAYERS[name](dtype=jnp.bfloat16, implementation=i) for i in (None, "cudnn"))
-    kind = "ScaleBiasSoftmax" if packed else "Softmax"
-    kernels = [kind, kind + "Backward"]
-    assert kernels_for("cuda", asked, packed=packed)[0] == kernels
-    assert kernels_for("cuda", layer, packed=packed)[0] == (kernels if name in BY_DEFAULT else [])
+    kinds = ["ScaleBiasSoftmax"] if packed else ["Softmax"]
+    if packed and "window" not in name:  # of whole rows, and by a list of segments
+        kinds += ["Softmax"] * 2
+    kernels = sorted(kinds + [kind + "Backward" for kind in kinds])
+    assert sorted(kernels_for("cuda", asked, packed=packed)[0]) == kernels
+    assert sorted(kernels_for("cuda", layer, packed=packed)[0]) == kernels
     for platform in ("cpu", "tpu"):
         assert kernels_for(platform, layer, packed=packed)[0] == []
 
@@ -188,10 +251,13 @@ def test_short_rows_and_large_biases_are_plain_unless_cudnn_is_asked_for(monkeyp
     layer, asked = (attention(dtype=jnp.bfloat16, implementation=i) for i in (None, "cudnn"))
     assert kernels_for("cuda", layer, length=100)[0] == []
     assert len(kernels_for("cuda", asked, length=100)[0]) == 2
-    monkeypatch.setattr(fused_attention, "MAX_BIAS", 2 * 2 * T * T - 1)
-    assert kernels_for("cuda", layer, packed=True)[0] == []
+    monkeypatch.setattr(cudnn_attention, "MAX_BIAS", 2 * 2 * T * T - 1)
+    assert "ScaleBiasSoftmax" not in kernels_for("cuda", layer, packed=True)[0]
+    assert "ScaleBiasSoftmax" in kernels_for("cuda", asked, packed=True)[0]
+    wide, asked = (attention(dtype=jnp.bfloat16, window_size=100, implementation=i) for i in (None, "cudnn"))
+    assert kernels_for("cuda", wide, packed=True)[0] == []
     assert len(kernels_for("cuda", asked, packed=True)[0]) == 2
-    assert len(kernels_for("cuda", layer)[0]) == 2
+    assert len(kernels_for("cuda", wide)[0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -261,7 +327,7 @@ def test_mapped_axes_join_the_rows_and_a_shard_map_keeps_its_types():
         grad = jax.jit(jax.grad(lambda x, f=f: jnp.sum(f(x).astype(jnp.float32))))
         text = grad.trace(x).lower(lowering_platforms=("cuda",)).as_text()
         calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
-        assert len(calls) == 2 and all(f"tensor<{rows}x{T}x4x16xbf16>" in line for line in calls)
+        assert len(calls) == 6 and all(f"tensor<{rows}x{T}x4x16xbf16>" in line for line in calls)
 
 
 def test_a_gpus_program_keeps_nothing_of_the_plain_forms_logits(stand_ins, monkeypatch):
