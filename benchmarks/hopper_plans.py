@@ -1,0 +1,136 @@
+"""Times the layouts of the Hopper walks that `delta_rule.plan` chooses from, shape by shape.
+
+    python -m benchmarks.hopper_plans                              # every shape, forward and backward
+    python -m benchmarks.hopper_plans --only "delta 1x32768" --json plans.json
+    python -m benchmarks.hopper_plans --check                      # all give what the chosen one does
+
+A row of the table is a layout: warpgroups of a block, chunks in flight forward (backward two), and runs of
+a sequence; `*` marks the chosen one. Device time, medians, as in `benchmarks.hopper`.
+"""
+
+import dataclasses
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
+
+import jax
+import tyro
+
+from benchmarks import problems
+from benchmarks.hopper import KERNEL, card
+from benchmarks.op_times import elapsed_ms
+from deltajax.ops import dispatch
+from pallas_kernels.gpu import delta_rule
+from pallas_kernels.gpu.limits import CHUNK
+from pallas_kernels.gpu.recurrence import Plan
+from pallas_kernels.gpu.sides import SIDE
+from tests import cases
+
+BOUND = 5e-3  # of one layout's results from the chosen one's
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    only: tuple[str, ...] = ("",)
+    """Only problems whose name contains one of these."""
+    check: bool = False
+    """Compare results instead of timing."""
+    json: str | None = None
+    """File for the table."""
+
+
+def layouts(p: problems.Problem) -> list[Plan]:
+    """Those that a problem's shape allows, and the chosen one with another number of stages."""
+    best = chosen(p)
+    most = max(best.stages, 3 if p.K <= SIDE and not p.gate.startswith("kda") else 2)
+    found = [Plan(2, most)] if p.V % 128 == 0 and p.K <= SIDE else []
+    runs = (1, 2, 3, 4, 6, 8) if p.B * p.HV * (p.V // 64) <= delta_rule.MULTIPROCESSORS else (1,)
+    longest = max(1, p.T // CHUNK // delta_rule.LEAST_CHUNKS)
+    found += [Plan(1, most, n) for n in runs if n <= longest]
+    others = [dataclasses.replace(best, stages=n) for n in (2, 3)]
+    return found + [x for x in others if x not in found]
+
+
+def functions(p: problems.Problem):
+    """Forward, and forward + backward."""
+    f = problems.function(p, "pallas")
+
+    def both(do, *args):
+        o, pull = jax.vjp(f, *args)
+        return o, pull(do)
+
+    return f, both
+
+
+def chosen(p: problems.Problem) -> Plan:
+    """The layout that a call takes."""
+    v = jax.ShapeDtypeStruct((p.B, p.T, p.HV, p.V), "bfloat16")
+    return delta_rule.plan(v, p.K, channel=p.gate.startswith("kda"))
+
+
+def programs(plans: list[Plan], function, args) -> list:
+    """The compiled programs with these layouts, None where one does not fit on the chip."""
+
+    def lowered(layout):
+        with mock.patch.object(delta_rule, "plan", lambda *_, **__: layout):
+            try:
+                return jax.jit(lambda *x: function(*x)).lower(*args)
+            except (RuntimeError, ValueError):  # shared memory
+                return None
+
+    def compiled(program):
+        try:
+            return program and program.compile()
+        except RuntimeError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(compiled, [lowered(layout) for layout in plans]))
+
+
+def main(options: Options) -> int:
+    """Runs the check or the table."""
+    dispatch.PALLAS = {"cuda": KERNEL}
+    rows, ok = [], True
+    print(f"{card()}, jax {jax.__version__}, milliseconds forward, forward + backward")
+    for p in problems.PROBLEMS:
+        if not any(part in str(p) for part in options.only):
+            continue
+        args, do = problems.arguments(p, jax.random.key(int(time.time())))
+        forward, both_halves = functions(p)
+        best, plans = chosen(p), layouts(p)
+        both = programs(plans, both_halves, (do, *args))
+        if options.check:
+            want = both[plans.index(best)](do, *args)
+        else:
+            halves = programs(plans, forward, args)
+        for i, layout in enumerate(plans):
+            if both[i] is None:
+                continue
+            text = f"{p!s:24s} {'*' if layout == best else ' '} warpgroups {layout.warpgroups}"
+            text += f" stages {layout.stages} runs {layout.runs}"
+            if options.check:
+                pairs = zip(jax.tree.leaves(both[i](do, *args)), jax.tree.leaves(want), strict=True)
+                worst = max(cases.relative_error(*map(jax.device_get, pair)) for pair in pairs)
+                ok &= worst < BOUND
+                print(f"{'ok  ' if worst < BOUND else 'FAIL'} {text}: {worst:.1e}", flush=True)
+                continue
+            times = elapsed_ms(halves[i], args), elapsed_ms(both[i], (do, *args))
+            rows.append(
+                {"problem": str(p), "chosen": layout == best, "card": card(), "ms": times}
+                | dataclasses.asdict(layout)
+            )
+            print(f"{text}  {times[0]:.3f} {times[1]:.3f}", flush=True)
+            if options.json:
+                with open(options.json, "w") as file:
+                    json.dump(rows, file, indent=1)
+    if options.check:
+        print(f"check: {'ok' if ok else 'FAILED'}, {card()}")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Options, description=__doc__)))
