@@ -23,8 +23,8 @@ from benchmarks.op_times import elapsed_ms
 from deltajax.ops import dispatch
 from pallas_kernels.gpu import delta_rule
 from pallas_kernels.gpu.limits import CHUNK
-from pallas_kernels.gpu.recurrence import Plan
 from pallas_kernels.gpu.sides import SIDE
+from pallas_kernels.gpu.walks import Plan
 from tests import cases
 
 BOUND = 5e-3  # of one layout's results from the chosen one's

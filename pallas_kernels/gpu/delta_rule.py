@@ -14,10 +14,11 @@ from pallas_kernels.gpu.channel_relations import channel_relations
 from pallas_kernels.gpu.gradient_parts import PartInputs
 from pallas_kernels.gpu.head_gradients import head_gradients
 from pallas_kernels.gpu.limits import CHUNK, MULTIPROCESSORS, PRESENT
-from pallas_kernels.gpu.recurrence import Chunks, Enter, Kept, Plan, walk
+from pallas_kernels.gpu.recurrence import walk
 from pallas_kernels.gpu.recurrence_back import walk_back
 from pallas_kernels.gpu.relations import head_relations
 from pallas_kernels.gpu.sides import SIDE
+from pallas_kernels.gpu.walks import Chunks, Enter, Kept, Plan
 
 
 class Saved(NamedTuple):

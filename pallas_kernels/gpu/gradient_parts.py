@@ -25,8 +25,8 @@ class PartInputs(NamedTuple):
 
     do: jax.Array  # [B, T, HV, V]
     dr: jax.Array  # [terms, B, T, HV, V] of `recurrence_back.walk_back`
-    written: jax.Array  # [2, B, T, HV, V] of `recurrence.Kept`
-    states: jax.Array  # [B, HV, NC, V, K] of `recurrence.Kept`
+    written: jax.Array  # [2, B, T, HV, V] of `walks.Kept`
+    states: jax.Array  # [B, HV, NC, V, K] of `walks.Kept`
     dstates: jax.Array  # [B, HV, NC, V, K] of `walk_back`
 
 

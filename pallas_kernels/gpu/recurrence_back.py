@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import tiles
-from pallas_kernels.gpu.recurrence import SMALLEST, WIDTH, Chunks, Enter, Plan, joined, run_states
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, OUT, READ
 from pallas_kernels.gpu.sides import Sides, scratch, sides_of, stages_of
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
+from pallas_kernels.gpu.walks import SMALLEST, WIDTH, Chunks, Enter, Plan, joined, run_states
 
 
 def walk_back(
@@ -45,7 +45,7 @@ def walk_back(
       chunks: as for `recurrence.walk`.
       do: [B, T, HV, V] bf16 or f16, the gradient of o.
       dfinal: [B, HV, V, K] float32, the transposed gradient of the final state.
-      moved: of `recurrence.Kept`.
+      moved: of `walks.Kept`.
       gated: whether there is a decay.
       plan: the layout, as for `recurrence.walk` and with as many runs.
       spans: as for `recurrence.walk`, with a gradient of every segment's final and initial state.

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deltajax import ops
 from deltajax.ops import context, dispatch, pallas_gpu
-from pallas_kernels.gpu import delta_rule, recurrence, rowwise, tiles
+from pallas_kernels.gpu import delta_rule, rowwise, tiles, walks
 from tests import cases
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -407,11 +407,11 @@ def test_few_heads_walk_in_runs():
     def plan(B, T, HV, V=128, K=128):
         return delta_rule.plan(jax.ShapeDtypeStruct((B, T, HV, V), jnp.bfloat16), K, channel=False)
 
-    assert plan(16, 2048, 16) == recurrence.Plan(warpgroups=2, stages=3)
-    assert plan(1, 32768, 16) == recurrence.Plan(warpgroups=1, stages=3, runs=4)
+    assert plan(16, 2048, 16) == walks.Plan(warpgroups=2, stages=3)
+    assert plan(1, 32768, 16) == walks.Plan(warpgroups=1, stages=3, runs=4)
     assert plan(1, 2048, 16).runs == 1  # too short
     assert plan(4, 8192, 16).runs == 1  # heads enough
-    assert plan(16, 2048, 16, K=256) == recurrence.Plan(warpgroups=1, stages=2)
+    assert plan(16, 2048, 16, K=256) == walks.Plan(warpgroups=1, stages=2)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def draw(paths: Sequence[Path], out: Path, kind: str = "answers", steps_at: int 
     for row in axes:
         row[0].set_ylabel("right answers, %")
     axes[0, 0].set_ylim(-3, 103)
-    axes[0, 0].legend()
+    axes[0, 0].legend(loc="lower left")  # lines end at the top
     about = loaded[0][0]
     figure.text(0.99, 0.005, f"{about['device']}, {about['date']}", ha="right", fontsize=7)
     figure.tight_layout()
