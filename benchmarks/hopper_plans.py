@@ -75,6 +75,7 @@ def programs(plans: list[Plan], function, args) -> list:
     """The compiled programs with these layouts, None where one does not fit on the chip."""
 
     def lowered(layout):
+        jax.clear_caches()  # else what was traced with another layout is used again
         with mock.patch.object(delta_rule, "plan", lambda *_, **__: layout):
             try:
                 return jax.jit(lambda *x: function(*x)).lower(*args)
