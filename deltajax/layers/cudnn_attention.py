@@ -126,9 +126,8 @@ def _forward_cudnn(call: Call, q, key, value, *flat) -> tuple[Array, ...]:
         o, lse = _kernels[0].bind(*arrays, *rest, **options, is_training=True)
         return o[..., :V], lse
 
-    def by_segments(M, q, key, value, *flat):
+    def by_segments(found, q, key, value, *flat):
         (layout,), V = _layouts(flat), value.shape[-1]
-        found = ragged_rows.segments(layout, M)
         arrays = one_size(q, key, value, unit=8)
         o, sums = _kernels[0].bind(
             *arrays, *_places(found, arrays), **_options(call, (), listed=True), is_training=True
@@ -146,12 +145,11 @@ def _backward_cudnn(call: Call, q, key, value, o, lse, do, *flat) -> tuple[Array
         gradients = _kernels[1].bind(*arrays, *_rest(call, q, flat), lse, o, do, **_options(call, flat))
         return tuple(d[..., : x.shape[-1]] for d, x in zip(gradients, (q, key, value), strict=True))
 
-    def by_segments(M, q, key, value, o, lse, do, *flat):
+    def by_segments(found, q, key, value, o, lse, do, *flat):
         (layout,) = _layouts(flat)
-        found = ragged_rows.segments(layout, M)
         arrays = one_size(q, key, value, unit=8)
         o, do = (widened(x, arrays[2].shape[-1]) for x in (o, do.astype(q.dtype)))
-        sums = ragged_rows.by_segment(lse, layout, found.own, M)
+        sums = ragged_rows.by_segment(lse, layout, found.own, found.length.shape[1])
         gradients = _kernels[1].bind(
             *arrays, *_places(found, arrays), sums, o, do, **_options(call, (), listed=True)
         )
@@ -181,8 +179,9 @@ def _either(call: Call, by_segments, by_mask, plain, arrays, flat) -> tuple[Arra
     forms.append(lambda *x: by_mask(*x[: -len(flat)]))
     which = jnp.where(ragged_rows.whole(layouts[0]), 1, 0)
     if M := _listed(q, key, value):
-        forms.append(functools.partial(by_segments, M))
-        which = jnp.where((which == 0) & ragged_rows.segments(layouts[0], M).fit, 2, which)
+        found = ragged_rows.segments(layouts[0], M)
+        forms.append(functools.partial(by_segments, found))
+        which = jnp.where((which == 0) & found.fit, 2, which)
     alike = lambda form: lambda *x: tuple(vary_alike(*form(*x), q)[:-1])  # noqa: E731
     return lax.switch(which, [alike(form) for form in forms], *arrays, *flat)
 
