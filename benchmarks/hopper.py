@@ -188,10 +188,7 @@ def main(options: Options) -> int:
         args, do = problems.arguments(p, jax.random.key(int(time.time())))
         f = problems.function(p, options.implementation)
 
-        def both(do, *args, f=f):
-            o, pull = jax.vjp(f, *args)
-            return o, pull(do)
-
+        both = problems.with_gradients(f)
         runs = {"fwd": (f, args)} | ({"fwd_bwd": (both, (do, *args))} if options.backward else {})
         row = {"problem": str(p), "card": card(), "rival": problems.RIVALS.get(str(p))}
         for name, (fn, xs) in runs.items():

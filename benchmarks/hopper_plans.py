@@ -54,17 +54,6 @@ def layouts(p: problems.Problem) -> list[Plan]:
     return found + [x for x in others if x not in found]
 
 
-def functions(p: problems.Problem):
-    """Forward, and forward + backward."""
-    f = problems.function(p, "pallas")
-
-    def both(do, *args):
-        o, pull = jax.vjp(f, *args)
-        return o, pull(do)
-
-    return f, both
-
-
 def chosen(p: problems.Problem) -> Plan:
     """The layout that a call takes."""
     v = jax.ShapeDtypeStruct((p.B, p.T, p.HV, p.V), "bfloat16")
@@ -101,9 +90,9 @@ def main(options: Options) -> int:
         if not any(part in str(p) for part in options.only):
             continue
         args, do = problems.arguments(p, jax.random.key(int(time.time())))
-        forward, both_halves = functions(p)
+        forward = problems.function(p, "pallas")
         best, plans = chosen(p), layouts(p)
-        both = programs(plans, both_halves, (do, *args))
+        both = programs(plans, problems.with_gradients(forward), (do, *args))
         if options.check:
             want = both[plans.index(best)](do, *args)
         else:

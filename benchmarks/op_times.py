@@ -99,10 +99,7 @@ def time_problem(p: problems.Problem, implementation: str, chunk_size: int, prof
     args, do = problems.arguments(p, jax.random.key(int(time.time())))
     f = problems.function(p, implementation, chunk_size)
 
-    def both(do, *args):
-        o, pull = jax.vjp(f, *args)
-        return o, pull(do)
-
+    both = problems.with_gradients(f)
     row = {"problem": str(p), "implementation": implementation, "chunk_size": chunk_size}
     for name, fn, xs in (("fwd", f, args), ("fwd_bwd", both, (do, *args))):
         compiled = jax.jit(fn).lower(*xs).compile()

@@ -84,6 +84,16 @@ def function(p: Problem, implementation: str, chunk_size: int | None = None, axi
     return run
 
 
+def with_gradients(f):
+    """`function`'s result as one of o's cotangent and the arguments: o, and all their gradients."""
+
+    def both(do, *args):
+        o, pull = jax.vjp(f, *args)
+        return o, pull(do)
+
+    return both
+
+
 # Published rivals on an NVIDIA H100 80GB HBM3, 2026-11-24, milliseconds: flash-linear-attention 0.6.0
 # (Triton) forward and forward + backward, FlashKDA forward. None: refused, or not offered.
 RIVALS = {

@@ -138,11 +138,7 @@ def op(
     if not backward:
         return forward, args
 
-    def both(do, *args):
-        o, pull = jax.vjp(forward, *args)
-        return o, pull(do)
-
-    return both, (do, *args)
+    return problems.with_gradients(forward), (do, *args)
 
 
 def reports(jobs: list[Job], topology: str) -> list[Report]:
