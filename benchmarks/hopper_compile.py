@@ -10,6 +10,7 @@ libcuda, built here with cc, answers for an H100. Nothing runs: see `benchmarks.
 import ctypes
 import dataclasses
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -51,8 +52,8 @@ class Options:
     """Fail where a kernel spills more than a few registers or its products are serialised."""
 
 
-def modules(gate: str, K: int, V: int, T: int) -> list[bytes]:
-    """Every kernel of the op's forward and backward pass, as the compiler gets it."""
+def modules(gate: str, K: int, V: int, T: int, *, backward: bool) -> list[bytes]:
+    """Every kernel of the op's forward pass alone, or of both passes, as the compiler gets it."""
     import jax
     import jax.numpy as jnp
 
@@ -64,8 +65,8 @@ def modules(gate: str, K: int, V: int, T: int) -> list[bytes]:
     case = cases.Case(gate, T=T, K=K, V=V, B=2, HV=2, decay=decay)
     arrays = cases.arrays(case, jnp.dtype(jnp.bfloat16))
     x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
-    traced = jax.jit(lambda x: cases.outputs_and_gradients(case, x, "pallas")).trace(x)
-    return lowered(traced)
+    run = cases.outputs_and_gradients if backward else cases.call
+    return lowered(jax.jit(lambda x: run(case, x, "pallas")).trace(x))
 
 
 def step_modules(gate: str, K: int, V: int) -> list[bytes]:
@@ -173,11 +174,11 @@ def main(options: Options) -> int:
     bad = 0
     with tempfile.TemporaryDirectory() as folder:
         function = compiler(folder)
-        made = [
-            (f"{gate:8s} {K:3d} x {V:3d}", modules(gate, K, V, options.T) + step_modules(gate, K, V))
-            for gate in options.gate
-            for K, V in options.sizes
-        ]
+        made = []
+        for gate, (K, V) in itertools.product(options.gate, options.sizes):
+            size = f"{gate:8s} {K:3d} x {V:3d}"
+            made.append((f"{size} forward", modules(gate, K, V, options.T, backward=False)))
+            made.append((size, modules(gate, K, V, options.T, backward=True) + step_modules(gate, K, V)))
         made += [("latents", latent_modules()), ("experts", expert_modules())]
         for what, module in ((what, x) for what, found in made for x in found):
             text = said(function, module)
@@ -191,7 +192,7 @@ def main(options: Options) -> int:
             serialised = "serialized" in text
             bad += stores > MOST_SPILLED or serialised
             print(
-                f"{what:18s}  {name[1]:20s} {registers} registers, spilled {stores} / {loads} B"
+                f"{what:26s}  {name[1]:20s} {registers} registers, spilled {stores} / {loads} B"
                 + ", products serialised" * serialised,
                 flush=True,
             )

@@ -57,6 +57,7 @@ def channel_relations(
     all_present: bool,
     normalize: bool,
     scale: float,
+    keep: bool,
 ) -> tuple[Any, ...]:
     """Relations within every chunk of 64 tokens and its operands for the walk.
 
@@ -64,7 +65,7 @@ def channel_relations(
     log decays g, rows r and i of one chunk:
 
         a[r, i] = n_r n_i sum_d k_r[d] k_i[d] exp(G_r[d] - G_i[d])            i < r
-        solve   = -a (I + Diag(beta) a)^-1
+        solve   = -a (I + Diag(beta) a)^-1, times Diag(beta) unless ``keep``
         p[r, i] = scale m_r n_i sum_d q_r[d] k_i[d] exp(G_r[d] - G_i[d])      i <= r
         queries, reads, keys = scale m q exp(G), n k exp(G), n k exp(G_end - G)
 
@@ -78,6 +79,8 @@ def channel_relations(
       all_present: the caller's promise that every token up to the last chunk's end is PRESENT.
       normalize: whether q and k are to be L2-normalised.
       scale: multiplies q.
+      keep: whether there will be a backward pass. Without one solve is (I + Diag(beta) a)^-1 - I: one product
+        less.
 
     Returns:
       queries, reads and keys [B, HV, NC, 64, K]; solve, p [B, HV, NC, 64, 64], in float16; decay
@@ -112,14 +115,17 @@ def channel_relations(
             some(2 if sides == 1 else halves + 1, jnp.bfloat16),
             *wide,
         ),
-        relation_tile=tile((CHUNK, CHUNK), jnp.float16),
         token_tile=numbers(2, CHUNK),
-        own_tile=numbers(CHUNK),
         norm_tile=numbers(CHUNK),
         decay_tile=numbers(halves, HALF),
         g_loaded=plgpu.Barrier(num_arrivals=1 + halves + (gate is not None), num_barriers=sides),
         loaded=plgpu.Barrier(num_arrivals=2 * halves, num_barriers=sides),
     )
+    merges = normalize and lower_bound is not None and lower_bound >= MERGEABLE
+    if keep:
+        scratch["relation_tile"] = tile((CHUNK, CHUNK), jnp.float16)
+    if not (merges and all_present):
+        scratch["own_tile"] = numbers(CHUNK)
     if gate is not None:
         scratch["gate_tile"] = numbers(2, K // sides)
     if sides > 1:
@@ -132,6 +138,7 @@ def channel_relations(
             group=HV // H,
             lower_bound=lower_bound,
             all_present=all_present,
+            merges=merges,
             normalize=normalize,
             scale=scale,
         ),
@@ -170,9 +177,7 @@ def _body(
     k_tile,
     g_tile,
     x_tile,
-    relation_tile,
     token_tile,
-    own_tile,
     norm_tile,
     decay_tile,
     g_loaded,
@@ -182,8 +187,11 @@ def _body(
     group,
     lower_bound,
     all_present,
+    merges,
     normalize,
     scale,
+    own_tile=None,
+    relation_tile=None,
     gate_tile=None,
     sums_tile=None,
     **met,
@@ -207,8 +215,10 @@ def _body(
     near_tile = each(near_tile, len(x_tile) + 1 if sides > 1 else 2)[:2]
     (g_raw, sum_tile), G_tile = g_tile
     g_raw, (sum_tile,), G_tile = each(g_raw, halves), each(sum_tile, 1), own(G_tile)
-    token_tile, own_tile, norm_tile, decay_tile = map(own, (token_tile, own_tile, norm_tile, decay_tile))
-    gate_tile, g_loaded, loaded = (None if x is None else own(x) for x in (gate_tile, g_loaded, loaded))
+    token_tile, norm_tile, decay_tile, g_loaded, loaded = map(
+        own, (token_tile, norm_tile, decay_tile, g_loaded, loaded)
+    )
+    gate_tile, own_tile = (None if x is None else own(x) for x in (gate_tile, own_tile))
     b, h, c = tiles.place_from_the_end(tokens_ref.shape[:3])
     here = pl.ds(c * CHUNK, CHUNK)
     square = (CHUNK, CHUNK)
@@ -247,8 +257,9 @@ def _body(
     for half in range(halves):
         rowwise.scatter(G_of(half), line, sums[half])
 
-    # |k|^2, |q|^2 and q . k of each token. q and k in float16, where bf16 ones stay as they are: normalised
-    # before they are rounded, equal keys would drift (1 - beta |k|^2 below -1) by an equal error a token.
+    # |k|^2, |q|^2 and, where no product has it, q . k of each token. q and k in float16, where bf16 ones stay
+    # as they are: normalised before they are rounded, equal keys would drift (1 - beta |k|^2 below -1) by an
+    # equal error a token.
     plgpu.barrier_wait(loaded)
     kk_sums, qq_sums, own_sums = [], [], []
     for half in range(halves):
@@ -256,7 +267,8 @@ def _body(
         if normalize:
             kk_sums.append((k * k).sum(axis=1))
             qq_sums.append((q * q).sum(axis=1))
-        own_sums.append((q * k).sum(axis=1))
+        if own_tile is not None:
+            own_sums.append((q * k).sum(axis=1))
     if sides > 1:
         every = [x for x in (kk_sums, qq_sums, own_sums) if x]
         for i, x in enumerate(every):
@@ -269,7 +281,8 @@ def _body(
         n, m = lax.rsqrt(total(kk_sums) + 1e-6), lax.rsqrt(total(qq_sums) + 1e-6) * scale
     else:
         n, m = constant(1.0, ROW), constant(scale, ROW)
-    own_tile[...] = total(own_sums) * n * m  # kept in registers, the compiler would sum late, and spill
+    if own_tile is not None:
+        own_tile[...] = total(own_sums) * n * m  # kept in registers, the compiler would sum late, and spill
     norm_tile[...] = n
     tiles.meet()  # or it would keep q and k
     for half in range(halves):
@@ -294,7 +307,7 @@ def _body(
     def relate_near(half, sums):
         """Adds a half's share of the relations within blocks of 32 tokens, from and to the block's middle.
 
-        Above the diagonal there may be infinities.
+        The diagonal is right for q with k. Above it there may be infinities.
         """
         middle = rowwise.gather(G_of(half), (line & -NEAR) + 15, HALF, together=True)
         d = rowwise.gather(G_of(half), line, HALF) - middle
@@ -355,7 +368,7 @@ def _body(
         nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
         return tuple(normalised(lax.fori_loop(0, 6, add_level, (nothing, nothing))))
 
-    if not normalize or lower_bound is None or lower_bound < MERGEABLE:
+    if not merges:
         kk, qk = by_levels()
     elif plain_ref is None:
         kk, qk = merged()
@@ -363,7 +376,8 @@ def _body(
         kk, qk = lax.cond(plain_ref[b, h, c] != 0, merged, by_levels)
 
     def finish_p(qk, to):
-        qk = jnp.where(row == column, rows(plgpu.load(own_tile, layout=ROW), square), qk)
+        if own_tile is not None:
+            qk = jnp.where(row == column, rows(plgpu.load(own_tile, layout=ROW), square), qk)
         tiles.meet()
         to[...] = jnp.where(column <= row, qk, 0.0).astype(jnp.float16)
         plgpu.commit_smem()
@@ -371,13 +385,15 @@ def _body(
 
     def finish_solve(kk):
         a = jnp.where(column < row, kk, 0.0)
-        relation_tile[...] = a.astype(jnp.float16)
-        x = unit_lower_inverse(a * rows(beta, square), y_tile, x_tile[0])
+        if relation_tile is not None:
+            relation_tile[...] = a.astype(jnp.float16)
+        solve = unit_lower_inverse(a * rows(beta, square), y_tile, x_tile[0])
         tiles.meet()
-        x_tile[0][...] = x.astype(jnp.float16)
-        plgpu.commit_smem()
-        solve = tiles.product(CHUNK, (relation_tile, x_tile[0]))
-        y_tile[...] = jnp.where(column < row, -solve, 0.0).astype(jnp.float16)  # read before x was stored
+        if relation_tile is not None:
+            x_tile[0][...] = solve.astype(jnp.float16)
+            plgpu.commit_smem()
+            solve = -tiles.product(CHUNK, (relation_tile, x_tile[0]))
+        y_tile[...] = jnp.where(column < row, solve, 0.0).astype(jnp.float16)  # all warps have read it
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(y_tile, solve_ref.at[b, h, c])
 

@@ -74,7 +74,7 @@ def head_forward(
     """
     gated = g is not None
     tokens = by_chunk(beta, jnp.zeros_like(beta) if g is None else g)
-    solve, p, factors = head_relations(q, k, tokens, gated=gated, normalize=normalize, scale=scale)
+    solve, p, factors = head_relations(q, k, tokens, gated=gated, normalize=normalize, scale=scale, keep=keep)
     chunks = Chunks(q, k, None, solve, p, factors, None)
     layout = plan(v, q.shape[-1], channel=False, spans=spans)
     o, final, kept = walk(chunks, v, state, gated=gated, plan=layout, keep=keep, spans=spans, enter=enter)
@@ -186,6 +186,7 @@ def channel_forward(
         all_present=all_present(beta, kind),
         normalize=normalize,
         scale=scale,
+        keep=keep,
     )
     chunks = Chunks(queries, reads, keys, solve, p, tokens, decay)
     layout = plan(v, q.shape[-1], channel=True, spans=spans)

@@ -46,6 +46,7 @@ def walk(
         o  = out (q S) + p V'
         S <- decay S + k^T (keep V')
 
+    Unless there is something to ``keep``, solve has beta in it and U is left out: V' = beta R + solve (beta R).
     With a per-channel gate norms and decays are in the operands and n = read = out = keep = 1.
 
     Args:
@@ -67,26 +68,29 @@ def walk(
     K = chunks.reads.shape[-1]
     if spans is not None:
         plan = dataclasses.replace(plan, runs=spans.shape[1])
+    call = partial(_call, chunks, v, gated=gated, plan=plan, weighed=not keep)
+    if spans is not None:
         no_runs = jnp.zeros((B, 0, HV, K, K), jnp.float32)
-        o, final, *kept = _call(chunks, v, state, gated, plan, outputs=True, keep=keep, spans=spans)
+        o, final, *kept = call(state, outputs=True, keep=keep, spans=spans)
         return o, final, Kept(kept[0], kept[1], no_runs) if keep else None
     moved = jnp.zeros((B, 0, HV, K, K), jnp.float32)
     if plan.runs > 1 or enter is not None:
         whole = keep or enter is not None
-        action = _call(chunks, v, None, gated, plan, outputs=False, keep=whole)
+        action = call(None, outputs=False, keep=whole)
         added, moved = action[..., :V, :], action[..., V:, :]
         if enter is not None:
             state = enter(*joined(added, moved))
         state = run_states(added, moved, state, plan.runs)
     elif state is not None:
         state = state[:, None]
-    o, final, *kept = _call(chunks, v, state, gated, plan, outputs=True, keep=keep)
+    o, final, *kept = call(state, outputs=True, keep=keep)
     return o, final[:, -1], Kept(kept[0], kept[1], moved) if keep else None
 
 
-def _call(chunks, v, state, gated, plan, *, outputs, keep=False, spans=None):
+def _call(chunks, v, state, *, gated, plan, weighed, outputs, keep=False, spans=None):
     """The kernel: ``outputs``, states behind each run and what to ``keep``; or the runs' actions.
 
+    ``weighed`` says that solve has beta in it.
     Of the last run's action nobody but a backward pass, for which one is to ``keep``, makes use.
     """
     if not outputs:
@@ -142,7 +146,7 @@ def _call(chunks, v, state, gated, plan, *, outputs, keep=False, spans=None):
         )
     no_scratch: dict[str, Any] = dict(reduction_scratch_bytes=0) if late else {}  # no sum crosses warps
     kernel = plgpu.kernel(
-        partial(_body, num_chunks=NC, gated=gated, plan=plan, outputs=outputs),
+        partial(_body, num_chunks=NC, gated=gated, plan=plan, weighed=weighed, outputs=outputs),
         out_type=results if outputs else states_out,
         scratch_types=shared,
         grid=(rows_out // (WIDTH * warpgroups), HV, B * runs),
@@ -189,6 +193,7 @@ def _body(
     num_chunks,
     gated,
     plan,
+    weighed,
     outputs,
     q_tile=None,
     p_tile=None,
@@ -383,8 +388,9 @@ def _body(
             plgpu.barrier_wait(late_loaded)
             late_slot = None
         tt = square_of(t_tile, late_slot).transpose((1, 0))
-        strong = split(R * by_token(BETA), dtype)
-        written = tiles.add_products((R, [(term, tt) for term in strong]))[0]  # U^T [V, C]
+        strong = R * by_token(BETA)
+        solved = [(term, tt) for term in split(strong, dtype)]
+        written = tiles.add_products((strong if weighed else R, solved))[0]  # V'^T or U^T [V, C]
 
         if sides.number == 2:
             sides.wait_taken()
@@ -401,7 +407,7 @@ def _body(
                     plgpu.copy_smem_to_gmem(written_tile.at[wg, j], kept_refs[1].at[j, b, here, h, mine])
 
             first_side(keep_written)
-        values = written * by_token(BETA)
+        values = written if weighed else written * by_token(BETA)
         new_terms = kept_terms = split(values, dtype)
         if channel:
             S = S * columns(plgpu.load(sides.part(decay_tile, late_slot), layout=COLUMN), S.shape)

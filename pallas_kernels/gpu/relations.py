@@ -23,7 +23,7 @@ NUM_FACTORS = 8
 
 
 def head_relations(
-    q: jax.Array, k: jax.Array, tokens: jax.Array, *, gated: bool, normalize: bool, scale: float
+    q: jax.Array, k: jax.Array, tokens: jax.Array, *, gated: bool, normalize: bool, scale: float, keep: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Relations within every chunk of 64 tokens.
 
@@ -31,7 +31,8 @@ def head_relations(
     log decays:
 
         a[r, i] = n_r n_i (k_r . k_i) exp(G_r - G_i)            i < r
-        solve   = -Diag(n) a (I + Diag(beta) a)^-1 Diag(1 / n)  acts on values scaled by n
+        solve   = -Diag(n) a (I + Diag(beta) a)^-1 Diag(1 / n)  acts on values scaled by n; times Diag(beta)
+                  unless ``keep``, which is (I + Diag(beta) a)^-1 - I between the norms: a product less
         p[r, i] = scale m_r (q_r . k_i) exp(G_r - G_i)          i <= r
         factors = beta, n^2 exp(G), scale m exp(G), exp(G_end - G), exp(G_end), n, scale m, G
 
@@ -41,6 +42,7 @@ def head_relations(
       gated: whether there is a decay.
       normalize: whether q and k are to be L2-normalised.
       scale: multiplies q.
+      keep: whether there will be a backward pass.
 
     Returns:
       solve and p [B, HV, NC, 64, 64] in q's dtype, factors [B, HV, NC, 8, 64] float32.
@@ -49,7 +51,7 @@ def head_relations(
     B, HV, NC = tokens.shape[:3]
     square = jax.ShapeDtypeStruct((B, HV, NC, CHUNK, CHUNK), q.dtype)
     kernel = plgpu.kernel(
-        partial(_body, group=HV // H, gated=gated, normalize=normalize, scale=scale),
+        partial(_body, group=HV // H, gated=gated, normalize=normalize, scale=scale, keep=keep),
         out_type=(square, square, jax.ShapeDtypeStruct((B, HV, NC, NUM_FACTORS, CHUNK), jnp.float32)),
         scratch_types=dict(
             q_tile=plgpu.RefUnion(tile((CHUNK, K), q.dtype), tile((CHUNK, CHUNK), jnp.float16)),
@@ -95,6 +97,7 @@ def _body(
     gated,
     normalize,
     scale,
+    keep,
 ):
     q_tile, relation_tile = q_tile
     b, h, c = tiles.place_from_the_end(tokens_ref.shape[:3])
@@ -123,14 +126,14 @@ def _body(
         G = jnp.where(column <= row, columns(g, square), 0.0).sum(axis=1)  # [64]
         end = jnp.where(column >= 0, columns(g, square), 0.0).sum(axis=1)  # [64], all G_end
         sum_tile[...] = G
-        decay, keep, total = jnp.exp(G), jnp.exp(end - G), jnp.exp(end)
+        decay, left, total = jnp.exp(G), jnp.exp(end - G), jnp.exp(end)
     else:
-        decay = keep = total = constant(1.0, ROW)
+        decay = left = total = constant(1.0, ROW)
         G = constant(0.0, ROW)
     factor_tile[BETA] = beta
     factor_tile[READ] = n * n * decay
     factor_tile[OUT] = m * decay
-    factor_tile[KEEP] = keep
+    factor_tile[KEEP] = left
     factor_tile[DECAY] = total
     factor_tile[KEY] = n
     factor_tile[QUERY] = m
@@ -155,12 +158,16 @@ def _body(
     plgpu.copy_smem_to_gmem(p_tile, p_ref.at[b, h, c])
 
     a = jnp.where(column < row, relation(k_tile) * rows(n, square) * n_column(), 0.0)
-    relation_tile[...] = a.astype(jnp.float16)
+    if keep:
+        relation_tile[...] = a.astype(jnp.float16)
     x = unit_lower_inverse(a * rows(beta, square), a_tile, x_tile)
-    plgpu.commit_smem()
-    x_tile[...] = x.astype(jnp.float16)
-    plgpu.commit_smem()
-    solve = tiles.product(CHUNK, (relation_tile, x_tile)) * rows(-n, square) / n_column()
+    if keep:
+        plgpu.commit_smem()
+        x_tile[...] = x.astype(jnp.float16)
+        plgpu.commit_smem()
+        solve = tiles.product(CHUNK, (relation_tile, x_tile)) * rows(-n, square) / n_column()
+    else:
+        solve = x * rows(n, square) / n_column()
     t_tile[...] = jnp.where(column < row, solve, 0.0).astype(t_tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(t_tile, solve_ref.at[b, h, c])

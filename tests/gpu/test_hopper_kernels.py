@@ -81,12 +81,27 @@ INTERPRETED = [
     cases.Case("none", T=130, K=64, V=64, H=1, HV=2, beta_max=2.0),
     cases.Case("head", T=130, K=64, V=64, decay="softplus", segments="packed"),
     cases.Case("channel", T=130, K=64, V=64, decay="bounded"),
+    cases.Case("channel", T=128, K=128, V=64, decay="bounded", beta_max=2.0),  # every token there
+    cases.Case("head", T=130, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False),
+    cases.Case("channel", T=130, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False),
+    cases.Case("channel", T=65, K=256, V=64, decay="slow"),
     pytest.param(cases.Case("none", T=65, K=256, V=64, beta_max=2.0), marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_interpreted_kernels_agree_with_the_recurrence(case, monkeypatch):
+    check_interpreted_forward(case, monkeypatch)
+
+
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_interpreted_runs_agree_with_the_recurrence(gate, monkeypatch):
+    monkeypatch.setattr(delta_rule, "LEAST_CHUNKS", 1)
+    case = cases.Case(gate, T=300, K=64, V=64, decay="slow", beta_max=2.0)
+    check_interpreted_forward(case, monkeypatch)
+
+
+def check_interpreted_forward(case, monkeypatch):
     interpreted_products(monkeypatch)
     x = cases.arrays(case, jnp.bfloat16)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
