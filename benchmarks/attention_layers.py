@@ -17,25 +17,27 @@ from flax import nnx
 from deltajax.layers import Attention, LatentAttention, blockwise
 
 LATENT = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-# What is checked: name -> tokens, whether the rows are packed, dtype, and the layer's options.
-CASES: dict[str, tuple[int, bool, Any, dict[str, Any]]] = {
-    "full": (2048, False, jnp.bfloat16, dict(num_kv_heads=4)),
-    "full, odd length": (1531, False, jnp.bfloat16, {}),
-    "full, packed": (2048, True, jnp.bfloat16, dict(num_kv_heads=4)),
-    "full, packed, odd": (1531, True, jnp.bfloat16, {}),
-    "full, float16": (1024, True, jnp.float16, {}),
-    "heads of 256": (2048, False, jnp.bfloat16, dict(head_dim=256)),
-    "heads of 256, packed": (2048, True, jnp.bfloat16, dict(head_dim=256, num_kv_heads=2)),
-    "heads of 100": (1024, False, jnp.bfloat16, dict(head_dim=100)),
-    "window": (2048, False, jnp.bfloat16, dict(window_size=512)),
-    "window, odd": (1531, False, jnp.bfloat16, dict(window_size=100, num_kv_heads=4)),
-    "wide window, packed": (2048, True, jnp.bfloat16, dict(window_size=700)),
-    "window, packed": (2048, True, jnp.bfloat16, dict(window_size=200, num_kv_heads=4)),
-    "latent": (2048, False, jnp.bfloat16, LATENT),
-    "latent, packed": (2048, True, jnp.bfloat16, LATENT),
+# What is checked: name -> tokens, tokens of a packed row's document (0: not packed), dtype and the layer's
+# options.
+CASES: dict[str, tuple[int, int, Any, dict[str, Any]]] = {
+    "full": (2048, 0, jnp.bfloat16, dict(num_kv_heads=4)),
+    "full, odd length": (1531, 0, jnp.bfloat16, {}),
+    "full, packed": (2048, 400, jnp.bfloat16, dict(num_kv_heads=4)),
+    "full, a document a row": (2048, 2048, jnp.bfloat16, {}),
+    "full, packed, odd": (1531, 400, jnp.bfloat16, {}),
+    "full, float16": (1024, 400, jnp.float16, {}),
+    "heads of 256": (2048, 0, jnp.bfloat16, dict(head_dim=256)),
+    "heads of 256, packed": (2048, 400, jnp.bfloat16, dict(head_dim=256, num_kv_heads=2)),
+    "heads of 100": (1024, 0, jnp.bfloat16, dict(head_dim=100)),
+    "window": (2048, 0, jnp.bfloat16, dict(window_size=512)),
+    "window, odd": (1531, 0, jnp.bfloat16, dict(window_size=100, num_kv_heads=4)),
+    "wide window, packed": (2048, 400, jnp.bfloat16, dict(window_size=700)),
+    "window, packed": (2048, 400, jnp.bfloat16, dict(window_size=200, num_kv_heads=4)),
+    "latent": (2048, 0, jnp.bfloat16, LATENT),
+    "latent, packed": (2048, 400, jnp.bfloat16, LATENT),
     "latent, heads of 64": (
         1531,
-        True,
+        400,
         jnp.bfloat16,
         LATENT | dict(qk_nope_head_dim=32, qk_rope_head_dim=32),
     ),
@@ -57,7 +59,12 @@ def build(options: dict[str, Any], dtype: Any, implementation: str | None, heads
 
 
 def packing(B: int, T: int, document: int) -> jax.Array:
-    """Documents of about that many tokens; the first row has padding before, between and behind."""
+    """Documents of about that many tokens; the first row has padding before, between and behind.
+
+    Where a document is as long as a row, every row is one, the first with padding behind.
+    """
+    if document >= T:
+        return jnp.where(jnp.arange(T) < jnp.array([T - T // 8] + [T] * (B - 1))[:, None], 1, 0)
     place = jnp.arange(T)[None] + jnp.arange(B)[:, None] * (document // 3)
     ids = (place // document + 1).astype(jnp.int32)
     padding = (place < document // 8) | (place % (3 * document) > 3 * document - 40) | (place > T - 20)
@@ -108,11 +115,11 @@ def dense() -> Iterator[None]:
 def check() -> bool:
     """Whether all cases are good; a line of each."""
     ok, on_gpu = True, jax.default_backend() == "gpu"
-    for name, (T, packed, dtype, options) in CASES.items():
+    for name, (T, document, dtype, options) in CASES.items():
         if dtype == jnp.float16 and not on_gpu:  # the CPU has no such products
             continue
         try:
-            good, text = checked(T, packed, dtype, options)
+            good, text = checked(T, document, dtype, options)
         except (RuntimeError, NotImplementedError) as error:
             good, text = False, str(error).splitlines()[0][:200]
         ok &= good
@@ -120,9 +127,9 @@ def check() -> bool:
     return ok
 
 
-def checked(T: int, packed: bool, dtype: Any, options: dict[str, Any]) -> tuple[bool, str]:
+def checked(T: int, document: int, dtype: Any, options: dict[str, Any]) -> tuple[bool, str]:
     """Errors by norm, at most 1.5 times the dense form's (behind them); padding; and the form."""
-    ids = packing(2, T, 400) if packed else None
+    ids = packing(2, T, document) if document else None
     chosen, plain = (build(options, dtype, i, 8) for i in (asked(), "xla"))
     exact = build(options, jnp.float32, "xla", 8)
     args = inputs(chosen, 2, T)

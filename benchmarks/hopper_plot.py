@@ -1,6 +1,6 @@
 """Plots times of `benchmarks.hopper --backward --json` beside those of the rivals and of plain JAX.
 
-    python -m benchmarks.hopper_plot docs/data/h100_hopper.json docs/data/h100_hopper_kda.json \\
+    python -m benchmarks.hopper_plot docs/data/h100_hopper.json \\
         --plain docs/data/h100_chunked_ops.json --out docs/h100_ops.png
 
 A problem that stands in several files is taken from the last.

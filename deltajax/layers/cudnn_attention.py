@@ -39,7 +39,6 @@ except (ImportError, AttributeError):
 
 HALF = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 MAX_HEAD = 256
-MAX_LISTED = 128  # of packed rows as a list of segments: checked on a card to here
 # Where packed rows are read with a bias for each pair of tokens, it has at most so many bytes.
 MAX_BIAS = 2**30
 LATENT = (192, 128)  # sizes of keys and values that cuDNN takes as they are, from this version on
@@ -189,7 +188,7 @@ def _either(call: Call, by_segments, by_mask, plain, arrays, flat) -> tuple[Arra
 def _listed(q: Array, key: Array, value: Array) -> int:
     """How many segments of each packed row may go to cuDNN as a list; 0: none."""
     capability, size = _host()[0], max(key.shape[-1], value.shape[-1])
-    if size > MAX_LISTED or (capability is not None and capability < 9):
+    if capability is not None and capability < 9:
         return 0
     B, T, H, _ = q.shape
     return ragged_rows.num_segments(B, T, H * size)

@@ -46,7 +46,7 @@ def walk(
         o  = out (q S) + p V'
         S <- decay S + k^T (keep V')
 
-    Unless there is something to ``keep``, solve has beta in it and U is left out: V' = beta R + solve (beta R).
+    With nothing to ``keep`` solve has beta in it, and no U is made: V' = beta R + solve (beta R).
     With a per-channel gate norms and decays are in the operands and n = read = out = keep = 1.
 
     Args:

@@ -12,7 +12,13 @@ DATA = Path(__file__).parents[2] / "docs" / "data"
 
 def test_losses_of_language_models_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    plot_tuning.draw(json.loads((DATA / "h100_language.json").read_text()), tmp_path / "plot.png")
+    runs = [
+        json.loads((DATA / f"{name}.json").read_text()) for name in ("h100_language", "h100_language_kda_mla")
+    ]
+    both = plot_tuning.joined(runs)
+    names = [x["variant"] for x in both["results"]]
+    assert len(set(names)) == len(names) == 7
+    plot_tuning.draw(both, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 

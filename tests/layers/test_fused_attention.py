@@ -218,7 +218,7 @@ def test_a_program_holds_the_kernels_where_it_is_lowered_for_cuda(name, packed):
     layer, asked = (LAYERS[name](dtype=jnp.bfloat16, implementation=i) for i in (None, "cudnn"))
     kinds = ["ScaleBiasSoftmax"] if packed else ["Softmax"]
     if packed and "window" not in name:  # of whole rows, and by a list of segments
-        kinds += ["Softmax"] * (1 if name == "heads of 256" else 2)
+        kinds += ["Softmax"] * 2
     kernels = sorted(kinds + [kind + "Backward" for kind in kinds])
     assert sorted(kernels_for("cuda", asked, packed=packed)[0]) == kernels
     assert sorted(kernels_for("cuda", layer, packed=packed)[0]) == kernels

@@ -75,7 +75,10 @@ def draw(paths: Sequence[Path], out: Path, kind: str = "answers", steps_at: int 
         for i, mixer in enumerate(mixers):
             own = sorted((x for x in results if x.task == task and x.mixer == mixer), key=lambda x: x.length)
             style = dict(label=mixer, color=f"C{i}", marker="o", markersize=3)
-            by_length = {x.length: x.accuracy(x.best_rate(), kind=kind) for x in own}
+            by_length: dict[int, float] = {}
+            for x in own:  # runs may have tried other rates: the best counts
+                reached = x.accuracy(x.best_rate(), kind=kind)
+                by_length[x.length] = max(reached, by_length.get(x.length, reached))
             if len(own) == 1:
                 by_length |= {int(n): own[0].at_length(int(n), kind) for n in own[0].lengths}
             lengths = sorted(by_length)

@@ -1,4 +1,5 @@
-"""`python -m train.experiments.plot_tuning RESULTS.json --out PLOT.png`: draws experiments that are no tasks.
+"""`python -m train.experiments.plot_tuning RESULTS.json ... --out PLOT.png`: draws experiments that
+are no tasks.
 
 Which one is read off the results: delta_logistic, delta_language, hard_batches or language. Needs matplotlib.
 """
@@ -25,14 +26,29 @@ def _main(args: Sequence[str] | None) -> int:
     class Options:
         """Draw the results of an experiment."""
 
-        results: Annotated[Path, tyro.conf.Positional]
-        """what the experiment saved"""
+        results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+        """what the experiment saved; of language, variants that only later files have are added"""
         out: Path
         """a .png or .pdf"""
 
     options = tyro.cli(Options, prog="python -m train.experiments.plot_tuning", args=args)
-    draw(json.loads(options.results.read_text()), options.out)
+    draw(joined([json.loads(path.read_text()) for path in options.results]), options.out)
     return 0
+
+
+def joined(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first run with the variants that only the others have, which must be of the same text.
+
+    Raises:
+        ValueError: several runs of another experiment, or of other texts.
+    """
+    first, *others = runs
+    found = list(first.get("results", []))
+    for other in others:
+        if not found or "results" not in other or other["about"]["text"] != first["about"]["text"]:
+            raise ValueError("results: expected one run, or several of language on the same text")
+        found += [x for x in other["results"] if x["variant"] not in {y["variant"] for y in found}]
+    return first | {"results": found} if found else first
 
 
 def draw(results: dict[str, Any], out: Path) -> None:
