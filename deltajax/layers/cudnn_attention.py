@@ -119,54 +119,61 @@ def _layouts(flat: tuple[Array, ...]) -> tuple[Layout, ...]:
 
 
 def _forward_cudnn(call: Call, q, key, value, *flat) -> tuple[Array, ...]:
-    def by_mask(q, key, value, *flat):
-        arrays, V = _sized(q, key, value), value.shape[-1]
-        rest, options = _rest(call, q, flat), _options(call, flat)
-        o, lse = _kernels[0].bind(*arrays, *rest, **options, is_training=True)
-        return o[..., :V], lse
+    def run(found, q, key, value, *flat):
+        arrays, others, options = _operands(call, found, q, key, value, flat)
+        o, lse = _kernels[0].bind(*arrays, *others, **options, is_training=True)
+        o = o[..., : value.shape[-1]]
+        if found is None:
+            return o, lse
+        (layout,) = _layouts(flat)
+        lse = ragged_rows.by_token(lse, layout, found.own)
+        return *_without_padding(layout, o), lse
 
-    def by_segments(found, q, key, value, *flat):
-        (layout,), V = _layouts(flat), value.shape[-1]
-        arrays = one_size(q, key, value, unit=8)
-        o, sums = _kernels[0].bind(
-            *arrays, *_places(found, arrays), **_options(call, (), listed=True), is_training=True
-        )
-        lse = ragged_rows.by_token(sums, layout, found.own)
-        return jnp.where((layout.run != 0)[..., None, None], o[..., :V], 0), lse
-
-    return _either(call, by_segments, by_mask, _forward_plain, (q, key, value), flat)
+    return _either(call, run, _forward_plain, (q, key, value), flat)
 
 
 def _backward_cudnn(call: Call, q, key, value, o, lse, do, *flat) -> tuple[Array, ...]:
-    def by_mask(q, key, value, o, lse, do, *flat):
-        arrays = _sized(q, key, value)
+    def run(found, q, key, value, o, lse, do, *flat):
+        arrays, others, options = _operands(call, found, q, key, value, flat)
         o, do = (widened(x, arrays[2].shape[-1]) for x in (o, do.astype(q.dtype)))
-        gradients = _kernels[1].bind(*arrays, *_rest(call, q, flat), lse, o, do, **_options(call, flat))
-        return tuple(d[..., : x.shape[-1]] for d, x in zip(gradients, (q, key, value), strict=True))
+        if found is not None:
+            (layout,) = _layouts(flat)
+            lse = ragged_rows.by_segment(lse, layout, found.own, found.length.shape[1])
+        gradients = _kernels[1].bind(*arrays, *others, lse, o, do, **options)
+        gradients = tuple(d[..., : x.shape[-1]] for d, x in zip(gradients, (q, key, value), strict=True))
+        return gradients if found is None else _without_padding(layout, *gradients)
 
-    def by_segments(found, q, key, value, o, lse, do, *flat):
-        (layout,) = _layouts(flat)
-        arrays = one_size(q, key, value, unit=8)
-        o, do = (widened(x, arrays[2].shape[-1]) for x in (o, do.astype(q.dtype)))
-        sums = ragged_rows.by_segment(lse, layout, found.own, found.length.shape[1])
-        gradients = _kernels[1].bind(
-            *arrays, *_places(found, arrays), sums, o, do, **_options(call, (), listed=True)
-        )
-        real = (layout.run != 0)[..., None, None]
-        return tuple(
-            jnp.where(real, d[..., : x.shape[-1]], 0) for d, x in zip(gradients, (q, key, value), strict=True)
-        )
-
-    return _either(call, by_segments, by_mask, _backward_plain, (q, key, value, o, lse, do), flat)
+    return _either(call, run, _backward_plain, (q, key, value, o, lse, do), flat)
 
 
-def _either(call: Call, by_segments, by_mask, plain, arrays, flat) -> tuple[Array, ...]:
+def _operands(call: Call, found: ragged_rows.Segments | None, q, key, value, flat):
+    """The kernels' arrays, their other arguments and options, by a list of segments or by a mask."""
+    if found is None:
+        return _sized(q, key, value), _rest(call, q, flat), _options(call, flat)
+    arrays = one_size(q, key, value, unit=8)
+    return arrays, _places(found, arrays), _options(call, (), listed=True)
+
+
+def _without_padding(layout: Layout, *arrays: Array) -> tuple[Array, ...]:
+    real = (layout.run != 0)[..., None, None]
+    return tuple(jnp.where(real, x, 0) for x in arrays)
+
+
+def _either(call: Call, run, plain, arrays, flat) -> tuple[Array, ...]:
     """A call by one of its forms; of packed rows, it is known when the program runs by which.
 
     Rows of one segment each, with padding at most behind, need no more than causality. Few segments go as a
     list. Else cuDNN reads a bias for each pair of tokens, the same for all heads, or if that were large it is
     plain JAX. A window is with a bias only.
+
+    Args:
+      call: see there.
+      run: the cuDNN form, a function of the list of segments or None, the arrays and the layouts.
+      plain: the same in plain JAX, of the call, the arrays and the layouts.
+      arrays: first q, key and value.
+      flat: the layouts' arrays.
     """
+    by_mask = functools.partial(run, None)
     q, key, value = arrays[:3]
     if not flat:
         return by_mask(*arrays)
@@ -179,7 +186,7 @@ def _either(call: Call, by_segments, by_mask, plain, arrays, flat) -> tuple[Arra
     which = jnp.where(ragged_rows.whole(layouts[0]), 1, 0)
     if M := _listed(q, key, value):
         found = ragged_rows.segments(layouts[0], M)
-        forms.append(functools.partial(by_segments, found))
+        forms.append(functools.partial(run, found))
         which = jnp.where((which == 0) & found.fit, 2, which)
     alike = lambda form: lambda *x: tuple(vary_alike(*form(*x), q)[:-1])  # noqa: E731
     return lax.switch(which, [alike(form) for form in forms], *arrays, *flat)
