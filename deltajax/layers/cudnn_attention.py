@@ -178,7 +178,7 @@ def _either(call: Call, run, plain, arrays, flat) -> tuple[Array, ...]:
     if not flat:
         return by_mask(*arrays)
     large = 2 * q.shape[0] * q.shape[1] * key.shape[1] > MAX_BIAS and not call.asked
-    forms = [functools.partial(plain, call) if large else by_mask]
+    forms: list[Callable[..., tuple[Array, ...]]] = [functools.partial(plain, call) if large else by_mask]
     layouts = _layouts(flat)
     if len(layouts) > 1 or call.window is not None:
         return forms[0](*arrays, *flat)

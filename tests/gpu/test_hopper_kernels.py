@@ -1,12 +1,11 @@
-"""The Hopper kernels on the CPU: the GPU interpreter against the recurrence, and lowering for CUDA.
+"""The Hopper kernels on the CPU: the GPU interpreter against the recurrence.
 
-The interpreter knows no wgmma with registers on its left and no inline code, so matrix products and rows
-gathered from shared memory are replaced by their meaning here; `python -m benchmarks.hopper --check` runs the
-real ones on a card. Everything else of the kernels runs: copies, barriers, indices, masks, decays.
+Matrix products and rows gathered from shared memory are replaced by their meaning (`tests.gpu.interpreted`);
+`python -m benchmarks.hopper --check` runs the real ones on a card. Everything else of the kernels runs:
+copies, barriers, indices, masks, decays.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,66 +15,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from deltajax import ops
 from deltajax.ops import context, dispatch, pallas_gpu
-from pallas_kernels.gpu import delta_rule, rowwise, tiles, walks
+from pallas_kernels.gpu import delta_rule
 from tests import cases
+from tests.gpu.interpreted import captured, interpreted_products
 
 pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
 KERNEL = dispatch.PALLAS["cuda"]
-
-
-def value(x):
-    x = x() if callable(x) else x
-    x = x if isinstance(x, jax.Array) else x[...]
-    return x.astype(jnp.float32)
-
-
-def add_up(pairs):
-    return sum(jnp.dot(value(a), value(b), precision="highest") for a, b in pairs)
-
-
-def interpreted_products(monkeypatch):
-    monkeypatch.setattr(tiles, "product", lambda n, *pairs: add_up(pairs))
-    monkeypatch.setattr(tiles, "products", lambda n, *sums: tuple(map(add_up, sums)))
-    monkeypatch.setattr(
-        tiles, "product_beside", lambda n, first, second, use: (use(add_up(first)), add_up(second))
-    )
-    monkeypatch.setattr(tiles, "add_products", lambda *sums: tuple(x + add_up(pairs) for x, pairs in sums))
-
-    def looped_products(n, count, num, turn):
-        def add(j, sums):
-            pairs, done = turn(j)
-            sums = [x + add_up(p) for x, p in zip(sums, pairs, strict=True)]
-            done()
-            return sums
-
-        return jax.lax.fori_loop(0, count, add, [jnp.zeros((64, n), jnp.float32)] * num)
-
-    monkeypatch.setattr(tiles, "looped_products", looped_products)
-    monkeypatch.setattr(rowwise, "gather", lambda ref, index, n, together=False: ref[...][index])
-    monkeypatch.setattr(rowwise, "corner", lambda near, far: near.at[32:, :32].set(far[32:]))
-    monkeypatch.setattr(tiles, "meet", plgpu.commit_smem)
-
-    def diagonal_inverse(a):
-        place = jnp.arange(64) // 16
-        block = jnp.where(place[:, None] == place, a, 0)
-        eye = jnp.eye(64)
-        # Powers of identical keys' blocks would overflow what is left of their differences.
-        return jax.lax.fori_loop(0, 64, lambda i, x: x.at[i].set(eye[i] - block[i] @ x), jnp.zeros((64, 64)))
-
-    monkeypatch.setattr(rowwise, "diagonal_inverse", diagonal_inverse)
-
-    def scatter(ref, index, x):
-        ref[...] = x  # every use has index = 0..63
-
-    def keep_level(x, s):
-        meet = jnp.arange(64)[:, None] ^ jnp.arange(64)
-        return jnp.where(meet >> s == 1, x, 0)
-
-    monkeypatch.setattr(rowwise, "scatter", scatter)
-    monkeypatch.setattr(rowwise, "keep_level", keep_level)
-    monkeypatch.setattr(rowwise, "pick_level", lambda xs, level: tuple(keep_level(x, level[0]) for x in xs))
-
 
 INTERPRETED = [
     cases.Case("none", T=130, K=64, V=64, H=1, HV=2, beta_max=2.0),
@@ -285,26 +231,6 @@ def test_interpreted_kernels_at_a_gates_bound(packed, monkeypatch):
         assert cases.relative_error(a, b) < 5e-3
 
 
-@pytest.mark.parametrize("gated", (False, True))
-def test_zeros_at_padding_need_no_masked_copies(gated):
-    """A gradient's program for CUDA selects among q, k and v only where zeros were not promised."""
-    x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
-    beta, ids = jax.ShapeDtypeStruct((1, 128, 2), jnp.float32), jax.ShapeDtypeStruct((1, 128), jnp.int32)
-
-    def program(padding_is_zero):
-        def total(q, k, v, g, beta, ids):
-            options = dict(segment_ids=ids, padding_is_zero=padding_is_zero, implementation="pallas")
-            op = partial(ops.gated_delta_rule, g=g) if gated else ops.delta_rule
-            return op(q=q, k=k, v=v, beta=beta, **options)[0].astype(jnp.float32).sum()
-
-        traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(x, x, x, beta, beta, ids)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        return sum("stablehlo.select" in line and "1x128x2x64xbf16" in line for line in text.splitlines())
-
-    assert program(False) > 0
-    assert program(True) == 0
-
-
 def check_interpreted_backward(case, monkeypatch, dtype=jnp.bfloat16):
     interpreted_products(monkeypatch)
     x = cases.arrays(case, dtype)
@@ -320,159 +246,3 @@ def check_interpreted_backward(case, monkeypatch, dtype=jnp.bfloat16):
         if gradient is not None:
             limit = 2e-2 if name in ("beta", "g", "A_log", "dt_bias") else 8e-3
             assert cases.relative_error(gradient, expected[f"d{name}"]) < limit, name
-
-
-def captured(case, x, monkeypatch):
-    """The `Inputs` and `Options` of a call of the public op."""
-    seen = []
-
-    def run(inputs, options, implementation):
-        seen.append((inputs, options))
-        return inputs.v, None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "run", run)
-        cases.call(case, {n: jnp.asarray(a) for n, a in x.items()}, "pallas")
-    return seen[0]
-
-
-LOWERED = [
-    cases.Case("none", T=1, K=16, V=16, B=4, H=2, HV=4),
-    cases.Case("none", T=4100, K=128, V=128),  # in runs
-    cases.Case("head", T=130, K=64, V=256, decay="slow"),
-    cases.Case("head", T=130, B=2, HV=2, segments="packed", decay="slow", V=16),
-    cases.Case("channel", T=128, K=128, V=128, B=80, HV=2, decay="softplus"),  # two warpgroups a block
-    cases.Case("channel", T=65, K=100, V=100, decay="reset"),
-]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", LOWERED, ids=str)
-def test_lowers_for_cuda(case, dtype, monkeypatch):
-    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
-    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cases.arrays(case, jnp.dtype(dtype)))
-    lowered = jax.jit(lambda x: cases.call(case, x, "pallas")).trace(x).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
-
-
-@pytest.mark.parametrize(
-    ("case", "runs"),
-    [
-        (cases.Case("none", T=4100, K=128, V=128), True),
-        (cases.Case("none", T=130, K=64, V=256, HV=2, segments="packed"), False),
-        (cases.Case("head", T=130, K=256, V=512), False),
-        (cases.Case("channel", T=65, K=256, V=64, decay="softplus"), False),
-    ],
-    ids=str,
-)
-def test_backward_lowers_for_cuda(case, runs, monkeypatch):
-    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
-    arrays = cases.arrays(case, jnp.dtype(jnp.bfloat16))
-    x = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
-    traced = jax.jit(lambda x: cases.outputs_and_gradients(case, x, "pallas")).trace(x)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "delta_walk_back" in text
-    assert ("channel_gradients" if case.gate == "channel" else "head_gradients") in text
-    assert ("delta_runs_back" in text) == runs
-
-
-@pytest.mark.parametrize("gate", cases.GATES)
-def test_lowers_inside_shard_map(gate, monkeypatch):
-    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
-    decay = "random" if gate == "none" else "softplus"
-    case = cases.Case(gate, T=2100, K=64, V=64, B=2, HV=2, decay=decay)  # in runs, from an initial state
-    arrays = cases.arrays(case, jnp.dtype(jnp.bfloat16))
-    x = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items() if n not in ("do", "dstate")}
-    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.P("data")
-    specs = {n: jax.P() if n in ("A_log", "dt_bias") else rows for n in x}
-    op = jax.shard_map(
-        lambda x: cases.call(case, x, "pallas"), mesh=mesh, in_specs=(specs,), out_specs=(rows, rows)
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        loss = lambda x: sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in op(x))  # noqa: E731
-        lowered = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",))
-    text = lowered.as_text()
-    assert ("channel_gradients" if gate == "channel" else "head_gradients") in text
-    assert "all_gather" not in text
-
-
-def test_tokens_on_an_axis_lower_to_runs_and_one_walk(monkeypatch):
-    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
-    case = cases.Case("head", T=512, K=64, V=64, HV=2, decay="softplus")
-    x = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in cases.arrays(case, jnp.bfloat16).items()}
-    mesh = jax.sharding.AbstractMesh((2,), ("context",), axis_types=(jax.sharding.AxisType.Auto,))
-    tokens = jax.P(None, "context")
-    specs = {n: tokens if n in ("q", "k", "v", "g", "beta", "do") else jax.P() for n in x}
-    op = jax.shard_map(
-        lambda x: cases.call(case, x, "pallas", axis_name="context"),
-        mesh=mesh,
-        in_specs=(specs,),
-        out_specs=(tokens, jax.P()),
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
-        loss = lambda x: sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in op(x))  # noqa: E731
-        text = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
-    assert all(name in text for name in ("delta_runs", "delta_walk", "delta_runs_back", "delta_walk_back"))
-    assert "all_gather" in text
-    assert "256x2x128" not in text  # values [v | 0] of this device
-
-
-def test_few_heads_walk_in_runs():
-    def plan(B, T, HV, V=128, K=128):
-        return delta_rule.plan(jax.ShapeDtypeStruct((B, T, HV, V), jnp.bfloat16), K, channel=False)
-
-    assert plan(16, 2048, 16) == walks.Plan(warpgroups=2, stages=3)
-    assert plan(1, 32768, 16) == walks.Plan(warpgroups=1, stages=3, runs=4)
-    assert plan(1, 2048, 16).runs == 1  # too short
-    assert plan(4, 8192, 16).runs == 1  # heads enough
-    assert plan(16, 2048, 16, K=256) == walks.Plan(warpgroups=1, stages=2)
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (dict(dtype="float32"), "must be all bfloat16 or all float16"),
-        (dict(chunk_size=32), "chunk_size is 64"),
-    ],
-)
-def test_says_what_it_does_not_support(change, why, monkeypatch):
-    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
-    case = cases.Case(
-        change.get("gate", "none"), T=64, K=change.get("K", 64), V=64, segments=change.get("segments", "none")
-    )
-    x = cases.arrays(case, jnp.dtype(change.get("dtype", "bfloat16")))
-    with pytest.raises(NotImplementedError, match=why):
-        cases.call(case, x, "pallas", change.get("chunk_size"))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        cases.Case("head", T=64, K=256, V=64),
-        cases.Case("channel", T=64, K=256, V=64),
-        cases.Case("head", T=64, K=64, V=64, segments="states"),
-    ],
-    ids=str,
-)
-def test_kernels_are_the_default_where_they_support_the_call(case, monkeypatch):
-    monkeypatch.setattr(dispatch, "PALLAS", {"cuda": KERNEL})
-    x = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cases.arrays(case, jnp.dtype("bfloat16"))
-    )
-    traced = jax.jit(lambda x: cases.call(case, x, None)).trace(x)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.parametrize("segments", ["packed", "states"])
-def test_nan_in_a_padded_tokens_gate_reaches_no_gradient(segments, monkeypatch):
-    case = cases.Case("head", T=130, K=64, V=64, decay="softplus", segments=segments)
-    x = cases.arrays(case, jnp.bfloat16)
-    x["g"] = np.where(x["segment_ids"][..., None] == 0, np.nan, x["g"]).astype(x["g"].dtype)
-    inputs, options = captured(case, x, monkeypatch)
-
-    def total(A_log, g):
-        return pallas_gpu._call(inputs._replace(A_log=A_log, g=g), options)[4].sum()
-
-    for gradient in jax.grad(total, argnums=(0, 1))(inputs.A_log, inputs.g):
-        assert jnp.all(jnp.isfinite(gradient.astype(jnp.float32)))

@@ -12,7 +12,7 @@ from deltajax.layers import latent_decode as layers_latent_decode
 from deltajax.layers.sharding import shard_ops
 from pallas_kernels.gpu import latent_decode
 from tests import cases
-from tests.gpu.test_hopper_kernels import interpreted_products
+from tests.gpu.interpreted import interpreted_products
 
 
 def draw(B: int, H: int, slots: int, rank: int):
