@@ -114,6 +114,11 @@ def forward_alone(case: cases.Case, x: dict) -> dict[str, jax.Array]:
     return {"o alone": o, "final_state alone": state}
 
 
+def passes(case: cases.Case, x: dict) -> dict[str, jax.Array]:
+    """Outputs and gradients, and `forward_alone`."""
+    return cases.outputs_and_gradients(case, x, "pallas") | forward_alone(cases.program(case), x)
+
+
 def check(options: Options) -> bool:
     """Errors against the float64 recurrence on the same inputs, and equal bits on repeated runs.
 
@@ -125,19 +130,15 @@ def check(options: Options) -> bool:
     for case in [c for c in [*cases.CASES, *FULL_WIDTH] if options.selects(c)][start::step]:
         for dtype in options.dtypes:
             x = cases.arrays(case, jnp.dtype(dtype), seed)
-
-            def run(x, case=case):
-                return cases.outputs_and_gradients(case, x, "pallas") | forward_alone(cases.program(case), x)
-
             device = jax.tree.map(jnp.asarray, x)
             try:
-                got = jax.device_get(run(x=device))
+                got = jax.device_get(passes(case, device))
             except NotImplementedError:
                 refused += 1
                 continue
             same = all(
                 np.array_equal(got[name], np.asarray(again[name]), equal_nan=True)
-                for again in (run(x=device) for _ in range(options.repeats))
+                for again in (passes(case, device) for _ in range(options.repeats))
                 for name in got
             )
             expected = recurrence(case, x)

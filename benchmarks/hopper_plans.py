@@ -94,11 +94,11 @@ def main(options: Options) -> int:
         best, plans = chosen(p), layouts(p)
         both = programs(plans, problems.with_gradients(forward), (do, *args))
         # A forward pass alone has its own number of stages, which may not fit where that of both passes does.
-        halves = [None] * len(plans) if options.check else programs(plans, forward, args)
+        halves = both if options.check else programs(plans, forward, args)
         if options.check:
             want = both[plans.index(best)](do, *args)
         for i, layout in enumerate(plans):
-            if both[i] is None or not (options.check or halves[i]):
+            if both[i] is None or halves[i] is None:
                 continue
             text = f"{p!s:24s} {'*' if layout == best else ' '} warpgroups {layout.warpgroups}"
             text += f" stages {layout.stages} runs {layout.runs}"

@@ -66,24 +66,23 @@ def walk(
     """
     B, _, HV, V = v.shape
     K = chunks.reads.shape[-1]
+    call = partial(_call, chunks, v, gated=gated, weighed=not keep)
     if spans is not None:
         plan = dataclasses.replace(plan, runs=spans.shape[1])
-    call = partial(_call, chunks, v, gated=gated, plan=plan, weighed=not keep)
-    if spans is not None:
         no_runs = jnp.zeros((B, 0, HV, K, K), jnp.float32)
-        o, final, *kept = call(state, outputs=True, keep=keep, spans=spans)
+        o, final, *kept = call(state, plan=plan, outputs=True, keep=keep, spans=spans)
         return o, final, Kept(kept[0], kept[1], no_runs) if keep else None
     moved = jnp.zeros((B, 0, HV, K, K), jnp.float32)
     if plan.runs > 1 or enter is not None:
         whole = keep or enter is not None
-        action = call(None, outputs=False, keep=whole)
+        action = call(None, plan=plan, outputs=False, keep=whole)
         added, moved = action[..., :V, :], action[..., V:, :]
         if enter is not None:
             state = enter(*joined(added, moved))
         state = run_states(added, moved, state, plan.runs)
     elif state is not None:
         state = state[:, None]
-    o, final, *kept = call(state, outputs=True, keep=keep)
+    o, final, *kept = call(state, plan=plan, outputs=True, keep=keep)
     return o, final[:, -1], Kept(kept[0], kept[1], moved) if keep else None
 
 
