@@ -34,6 +34,14 @@ class Sizes(NamedTuple):
     length: int
 
 
+class Mixer(NamedTuple):
+    """A kind of layer, whether its write strengths reach 2 (negative eigenvalues), and its decay's bound."""
+
+    kind: str
+    negative: bool = False
+    lower_bound: float | None = None
+
+
 # Name -> the task in the small setting, for a CPU, and in the full one.
 TASKS: Mapping[str, tuple[Sizes, Sizes]] = {
     "mqar": (Sizes(MQAR(vocabulary=64), 32), Sizes(MQAR(), 512)),
@@ -51,15 +59,16 @@ TASKS: Mapping[str, tuple[Sizes, Sizes]] = {
     "compression": (Sizes(Compression(), 8), Sizes(Compression(), 32)),
     "memorisation": (Sizes(Memorisation(symbols=64), 16), Sizes(Memorisation(), 32)),
 }
-# Name -> the kind of layer, and whether its write strengths reach 2 (negative eigenvalues).
-MIXERS: Mapping[str, tuple[str, bool]] = {
-    "delta_net": ("delta_net", False),
-    "gated_delta_net": ("gated_delta_net", False),
-    "kda": ("kda", False),
-    "delta_net_neg": ("delta_net", True),
-    "gated_delta_net_neg": ("gated_delta_net", True),
-    "kda_neg": ("kda", True),
-    "attention": ("full_attention", False),
+# Name -> what the layer is made of.
+MIXERS: Mapping[str, Mixer] = {
+    "delta_net": Mixer("delta_net"),
+    "gated_delta_net": Mixer("gated_delta_net"),
+    "kda": Mixer("kda"),
+    "kda_bounded": Mixer("kda", lower_bound=-5.0),
+    "delta_net_neg": Mixer("delta_net", negative=True),
+    "gated_delta_net_neg": Mixer("gated_delta_net", negative=True),
+    "kda_neg": Mixer("kda", negative=True),
+    "attention": Mixer("full_attention"),
 }
 
 # The choices come from tables, which a static type cannot name.
@@ -78,7 +87,8 @@ class SweepOptions:
     tasks: tuple[TaskName, ...]
     """what is learned"""
     mixers: tuple[MixerName, ...]
-    """the layers compared; those in _neg write with strengths in [0, 2]"""
+    """the layers compared; those in _neg write with strengths in [0, 2]; kda_bounded's log
+    decay is kept within [-5, 0] by a sigmoid"""
     lengths: tuple[int, ...]
     """tokens of a training row, each with models of its own; none means each task's own length"""
     out: Path

@@ -97,8 +97,10 @@ def draw(paths: Sequence[Path], out: Path, kind: str = "answers", steps_at: int 
         row[0].set_ylabel("right answers, %")
     axes[0, 0].set_ylim(-3, 103)
     axes[0, 0].legend(loc="lower left")  # lines end at the top
-    about = loaded[0][0]
-    figure.text(0.99, 0.005, f"{about['device']}, {about['date']}", ha="right", fontsize=7)
+    devices = sorted({about["device"] for about, _ in loaded})
+    dates = sorted({about["date"] for about, _ in loaded})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    figure.text(0.99, 0.005, f"{', '.join(devices)}, {when}", ha="right", fontsize=7)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)

@@ -81,19 +81,20 @@ def make_learner(options: SweepOptions, task_name: str, length: int, mixer: str)
     Raises:
         ConfigError: sizes that the models refuse.
     """
-    kind, negative = names.MIXERS[mixer]
+    layer = names.MIXERS[mixer]
     task = options.task(task_name)
     try:
         config = ModelConfig(
             vocab_size=task.vocab_size,
             hidden_size=options.num_heads * options.head_dim,
             num_layers=options.num_layers,
-            layer_pattern=(kind,),
+            layer_pattern=(layer.kind,),
             num_heads=options.num_heads,
             head_dim=options.head_dim,
             attn_head_dim=options.head_dim,
             intermediate_size=options.intermediate_size,
-            allow_neg_eigval=negative,
+            allow_neg_eigval=layer.negative,
+            lower_bound=layer.lower_bound,
             tie_embeddings=options.tie_embeddings,
             dtype=options.dtype,
             implementation=options.implementation,
