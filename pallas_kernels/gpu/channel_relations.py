@@ -1,13 +1,8 @@
 """Chunk-parallel half of the op with a per-channel gate.
 
-The decay between two tokens differs by channel, so it has to enter the products' operands. Tokens r and i < r
-meet where blocks of s = 1, 2, 4, ... tokens pair up with r in the odd block and i in the even one before it.
-Across the border a between the two, ``exp(G_r - G_i) = exp(G_r - G_a) exp(G_a - G_i)`` with both factors at
-most 1, whatever the gate: one product of the chunk with itself for each s, of which that level's blocks are
-kept. A bounded gate allows factors above 1: then one product does for all s below 32.
-
-Of K > 128 two warpgroups make the sums of a side of 128 channels each (`sides`); then the first finishes what
-relates k with k, the second what relates q with k.
+The products of a chunk with itself are in `channel_products`. Of K > 128 two warpgroups make the sums of a
+side of 128 channels each (`sides`); then the first finishes what relates k with k, the second what relates q
+with k.
 """
 
 from functools import partial
@@ -20,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import rowwise, tiles
-from pallas_kernels.gpu.channel_decay import across_border, token_decays, tokens_in_line
+from pallas_kernels.gpu.channel_decay import token_decays, tokens_in_line
+from pallas_kernels.gpu.channel_products import MERGEABLE, ChannelProducts
 from pallas_kernels.gpu.inverse import unit_lower_inverse
 from pallas_kernels.gpu.limits import PRESENT
 from pallas_kernels.gpu.sides import Sides, sides_of
@@ -32,18 +28,12 @@ from pallas_kernels.gpu.tiles import (
     L,
     columns,
     constant,
-    cut,
     iota,
     load,
     rows,
     split,
     tile,
 )
-
-# With a gate bounded by that, decays across half a block of 32 tokens, and their inverses, stay inside bf16's
-# range of 2^+-127: they are at most 2^(16 * 5 * log2 e) = 2^115.
-MERGEABLE = -5.0
-NEAR = 32
 
 
 def channel_relations(
@@ -290,90 +280,15 @@ def _body(
             to[half][...] = plgpu.load(raw[half], layout=L).astype(jnp.float16)
     tiles.meet()  # G is there; the rows of q and k are their warps' own
 
-    meet = row ^ column  # at least s where tokens meet as blocks of s, or larger ones, pair up
-
-    def relate(s):
-        """Products of k with k, and of q with k, across the borders between paired blocks of 2^s tokens."""
-        factors = [across_border(G_of(half), line, s).astype(jnp.float16) for half in range(halves)]
-        kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
-        tiles.meet()  # all warps are done with the level before
-        for half in range(halves):
-            x_tile[half][...] = kf[half]
-        plgpu.commit_smem()
-        xt = [x_tile[half].transpose((1, 0)) for half in range(halves)]
-        qf = [lambda i=half: plgpu.load(q_tile[i], layout=L) * factors[i] for half in range(halves)]
-        return tiles.products(CHUNK, list(zip(x_tile, xt, strict=True)), list(zip(qf, xt, strict=True)))
-
-    def relate_near(half, sums):
-        """Adds a half's share of the relations within blocks of 32 tokens, from and to the block's middle.
-
-        The diagonal is right for q with k. Above it there may be infinities.
-        """
-        middle = rowwise.gather(G_of(half), (line & -NEAR) + 15, HALF, together=True)
-        d = rowwise.gather(G_of(half), line, HALF) - middle
-        up = jnp.exp2(d)
-        k = load(k_tile[half]) * rows(n, square)
-        stored = cut(k * jnp.exp2(-d))
-        if sums is not None:
-            tiles.meet()  # all warps are done with what lay there
-        for term, to in zip(stored, near_tile, strict=True):
-            to[...] = term
-        plgpu.commit_smem()
-        high, low = (x.transpose((1, 0)) for x in near_tile)
-
-        def pairs(x):
-            x_high, x_low = cut(x * up)
-            return [(x_high, high), (x_high, low), (x_low, high)]
-
-        products = [pairs(k), pairs(load(q_tile[half]) * rows(m, square))]
-        if sums is None:
-            return tiles.products(CHUNK, *products)
-        return tiles.add_products(*zip(sums, products, strict=True))
-
-    def relate_far():
-        """Relations of the chunk's second half to its first, [64, 32]; the other rows mean nothing."""
-        tiles.meet()  # all warps are done with what lay there; and nothing of here begins before, and spills
-        factors = []
-        for half in range(halves):
-            border = plgpu.load(G_tile.at[NEAR - 1, pl.ds(half * HALF, HALF)], layout=COLUMN)
-            later = rows(jnp.where(line < NEAR, -1.0, 1.0), square)  # else it is the border that is later
-            d = rowwise.gather(G_of(half), line, HALF) * later - columns(border, square) * later
-            factors.append(jnp.exp2(d).astype(jnp.float16))
-        kf = [plgpu.load(k_tile[half], layout=L) * factors[half] for half in range(halves)]
-        for half in range(halves):
-            x_tile[half][...] = kf[half]
-        plgpu.commit_smem()
-        first = [x_tile[half].at[pl.ds(0, NEAR)].transpose((1, 0)) for half in range(halves)]
-        qf = [lambda i=half: plgpu.load(q_tile[i], layout=L) * factors[i] for half in range(halves)]
-        return tiles.products(NEAR, list(zip(x_tile, first, strict=True)), list(zip(qf, first, strict=True)))
-
-    def normalised(sums, first=CHUNK):
-        n_column = plgpu.load(norm_tile.at[pl.ds(0, first)], layout=COLUMN)
-        n_column = columns(n_column, (CHUNK, first))
-        return [x * (rows(norm, x.shape) * n_column) for x, norm in zip(sums, (n, m), strict=True)]
-
-    def add_level(s, related):
-        return tuple(
-            jnp.where(meet < lax.shift_left(1, s), old, new)
-            for new, old in zip(relate(s), related, strict=True)
-        )
-
-    def merged():
-        near = relate_near(0, None)
-        for half in range(1, halves):
-            near = relate_near(half, near)
-        return tuple(rowwise.corner(a, b) for a, b in zip(near, normalised(relate_far(), NEAR), strict=True))
-
-    def by_levels():
-        nothing = plgpu.layout_cast(jnp.zeros(square, jnp.float32), L)
-        return tuple(normalised(lax.fori_loop(0, 6, add_level, (nothing, nothing))))
-
+    products = ChannelProducts(
+        q_tile, k_tile, x_tile, near_tile, norm_tile, G_tile, norms=(n, m), line=line, meet=row ^ column
+    )
     if not merges:
-        kk, qk = by_levels()
+        kk, qk = products.by_levels()
     elif plain_ref is None:
-        kk, qk = merged()
+        kk, qk = products.merged()
     else:  # a reset decays by more than such factors can hold
-        kk, qk = lax.cond(plain_ref[b, h, c] != 0, merged, by_levels)
+        kk, qk = lax.cond(plain_ref[b, h, c] != 0, products.merged, products.by_levels)
 
     def finish_p(qk, to):
         if own_tile is not None:
