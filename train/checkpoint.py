@@ -103,9 +103,13 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int):
         self.directory = directory.absolute()
+
+        def eval_loss(metrics: dict[str, float]) -> float:
+            return metrics["eval_loss"]
+
         newest = managers.LatestN(n=keep)
         best = managers.BestN(
-            get_metric_fn=lambda metrics: metrics["eval_loss"],
+            get_metric_fn=eval_loss,
             reverse=True,  # BestN keeps the end of the order: descending puts the lowest loss there
             n=1,
             keep_checkpoints_without_metrics=False,
@@ -114,6 +118,9 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=managers.AnyPreservationPolicy([newest, best]),
+                # Without it Orbax keeps losses in memory only, and a resumed run knows none of them.
+                best_fn=eval_loss,
+                best_mode="min",
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),

@@ -1,6 +1,7 @@
 """What is kept, what is refused, and that a damaged checkpoint is noticed."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +30,9 @@ def numbers():
     return iter(grain.MapDataset.range(100).to_iter_dataset())
 
 
-def save(directory: Path, eval_losses: list[float | None], keep: int = 2) -> None:
+def save(directory: Path, eval_losses: list[float | None], keep: int = 2, first: int = 1) -> None:
     checkpoints, data = Checkpoints(directory, keep), numbers()
-    for step, loss in enumerate(eval_losses, start=1):
+    for step, loss in enumerate(eval_losses, start=first):
         next(data)
         checkpoints.save(step, state_at(step), data, {"model": MODEL, "optimizer_state": ADAMW}, loss)
     checkpoints.close()
@@ -77,6 +78,21 @@ def test_newest_and_best_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", 2)
     assert checkpoints.steps() == [2, 5, 6]
     checkpoints.close()
+
+
+def test_the_best_is_kept_by_a_resumed_run(tmp_path):
+    save(tmp_path / "c", [3.0, 1.0, 2.0])
+    save(tmp_path / "c", [4.0, None, 6.0], first=4)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["2", "5", "6"]
+
+
+def test_checkpoints_of_before_losses_were_kept_are_resumed(tmp_path):
+    save(tmp_path / "c", [3.0, 1.0])
+    for step in ("1", "2"):
+        shutil.rmtree(tmp_path / "c" / step / "metrics")
+    assert int(restore(tmp_path / "c")[0].state.step) == 2
+    save(tmp_path / "c", [5.0, 4.0, 6.0], first=3)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["4", "5"]
 
 
 def test_no_checkpoints_means_a_new_run(tmp_path):
