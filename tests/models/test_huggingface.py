@@ -21,6 +21,7 @@ SMALL = dict(
     attn_num_heads=2, window_size=4, implementation="scan",
 )  # fmt: skip
 EXPERTS = dict(num_experts=3, experts_per_token=2, expert_intermediate_size=8)
+ATTENTION = dict(layers=[1], num_heads=2, window_size=4)
 LATENT = dict(kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, latent_v_head_dim=8)
 
 
@@ -182,6 +183,8 @@ def test_the_text_part_of_a_qwen_that_reads_images_is_read(saved, tmp_path):
     (copy / "config.json").write_text(json.dumps(outer))
     back = load_pretrained(copy)
     assert back.config == load_pretrained(path).config
+    old = outer | dict(torch_dtype="bfloat16", text_config=text | dict(dtype=None))
+    assert from_hf(old).dtype == "bfloat16"
     jax.tree.map(np.testing.assert_array_equal, params_of(back), params_of(model_of("qwen3_5_text")))
 
 
@@ -214,6 +217,8 @@ def test_olmo_rotates_unless_the_base_is_null():
     for rope in (None, {}, dict(rope_theta=10000.0)):
         given = dict(rope_type="default", **rope) if rope else rope
         assert from_hf(fields | dict(rope_parameters=given)).rope_theta == 10000.0
+        nowhere = from_hf(fields | dict(rope_parameters=given, rope_theta=None)).rope_theta
+        assert nowhere == (10000.0 if rope else None)
     short = {
         name: x for name, x in fields.items() if not name.startswith("linear_") and name != "layer_types"
     }
@@ -308,21 +313,48 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         ("delta_net", dict(qk_norm="sum"), "qk_norm='sum': expected 'l2'"),
         ("gated_deltanet_h1", dict(attn=dict(layers=[9], num_heads=2)), "attn.layers=[9]"),
         ("gated_deltanet_h1", dict(attn=dict(layers=[1])), "no field attn.num_heads"),
+        ("gated_deltanet_h1", dict(attn=[dict(layers=[1])]), "no field attn[0].num_heads"),
+        ("gated_deltanet_h1", dict(attn="full"), "attn='full': expected an object, or a list of them"),
+        ("gated_deltanet_h1", dict(attn=[ATTENTION, None]), "expected an object, or a list of them"),
+        ("gated_deltanet_h1", dict(attn=[ATTENTION, ATTENTION]), "expected each layer once"),
+        (
+            "gated_deltanet_h1",
+            dict(attn=[ATTENTION, ATTENTION | dict(layers=[2], num_heads=1)]),
+            "same heads",
+        ),
+        (
+            "gated_deltanet_h1",
+            dict(attn=[ATTENTION, ATTENTION | dict(layers=[2], window_size=2)]),
+            "window in",
+        ),
+        ("kimi_linear", dict(linear_attn_config=3), "linear_attn_config=3: expected an object"),
         ("kimi_linear", dict(mla_use_nope=False), "mla_use_nope=False: expected True"),
         ("kimi_linear", dict(num_expert_group=4), "num_expert_group=4: expected 1"),
         ("kimi_linear", dict(moe_router_activation_func="softmax"), "moe_router_activation_func='softmax'"),
         ("qwen3_next", dict(layer_types=["conv"] * 4), "layer_types=['conv',"),
         ("qwen3_next", dict(rope_scaling=dict(type="yarn")), "rope_scaling={'type': 'yarn'}: expected None"),
+        ("qwen3_next", dict(rope_parameters=dict(type="yarn")), "rope_parameters.type='yarn'"),
         ("qwen3_next", dict(mlp_only_layers=[2]), "mlp_only_layers=[2]"),
         ("qwen3_next", dict(vocab_size=None), "no field vocab_size"),
         ("qwen3_5_text", dict(intermediate_size=None), "no field intermediate_size"),
         ("olmo_hybrid", dict(rope_parameters=dict(rope_type="yarn")), "rope_parameters.rope_type='yarn'"),
+        ("olmo_hybrid", dict(rope_parameters=dict(type="linear")), "rope_parameters.type='linear'"),
         ("olmo_hybrid", dict(attention_bias=True), "attention_bias=True: expected False"),
     ],
 )
 def test_unsupported_configurations_are_named(name, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         from_hf(to_hf(CONFIGS[name]) | change)
+
+
+def test_attention_layers_may_be_given_as_a_list():
+    config = CONFIGS["gated_deltanet_h1"]
+    fields = to_hf(config)
+    assert from_hf(fields | dict(attn=[fields["attn"]])) == from_hf(fields)
+    assert from_hf(fields | dict(attn=[])).layers == ("gated_delta_net",) * 4
+    mixed = from_hf(fields | dict(attn=[ATTENTION, dict(layers=[3], num_heads=2, num_kv_heads=2)]))
+    kinds = ("gated_delta_net", "sliding_window", "gated_delta_net", "full_attention")
+    assert (mixed.layers, mixed.window_size, mixed.attention_kv_heads) == (kinds, 4, 2)
 
 
 def test_versions_name_fields_differently():

@@ -31,7 +31,8 @@ def from_hf(fields: Mapping[str, Any], **changes: Any) -> ModelConfig:
     if model_type not in MODEL_TYPES:
         raise ValueError(f"config.json: model_type={model_type!r}: expected one of {', '.join(MODEL_TYPES)}")
     if "text_config" in fields:  # of a model that reads images too
-        outer = {name: c.get(name) for name in ("dtype", "tie_word_embeddings") if c.get(name) is not None}
+        outer = dict(dtype=c.get("dtype", "torch_dtype"), tie_word_embeddings=c.get("tie_word_embeddings"))
+        outer = {name: value for name, value in outer.items() if value is not None}
         c = Fields(dict(fields["text_config"]) | outer, "text_config.")
     c.only("hidden_act", "silu", "swish")
     read = _module(model_type).read

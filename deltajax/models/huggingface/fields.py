@@ -19,6 +19,17 @@ class Fields:
                 return self._fields[name]
         return default
 
+    def given(self, name: str, default: Any) -> Any:
+        """A field where null has a meaning of its own; the default is for one that is not there."""
+        return self._fields.get(name, default)
+
+    def within(self, name: str) -> "Fields":
+        """The fields of an object among these, none where it is not there."""
+        value = self.get(name, default={})
+        if not isinstance(value, Mapping):
+            self.fail(name, value, "an object")
+        return Fields(value, f"{self._where}{name}.")
+
     def need(self, *names: str) -> Any:
         """The first that is there, of which one must be."""
         value = self.get(*names)
@@ -42,6 +53,14 @@ def whole(c: Fields, name: str, size: float) -> int:
     if round(size) < 1 or abs(size - round(size)) > 1e-6 * size:
         c.fail(name, c.get(name), "sizes that are whole numbers")
     return round(size)
+
+
+def rotary(c: Fields) -> Fields:
+    """The fields of the rotary embedding, which must not be scaled."""
+    rope = c.within("rope_parameters")
+    for name in ("rope_type", "type"):  # as older versions write
+        rope.only(name, "default")
+    return rope
 
 
 def kinds_of(c: Fields, types: list[str], linear: str, full: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The configurations of flash-linear-attention's `delta_net`, `gated_deltanet` and `kda`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from deltajax.models.config import ModelConfig
@@ -40,21 +41,7 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
             c.fail("safe_gate", True, "a lower_bound with it")
     kind = DELTA[model_type]
     pattern = [kind] * layers
-    if (given := c.get("attn")) is not None:
-        a = Fields(given, "attn.")
-        a.only("qkv_bias", False)
-        a.only("qk_norm", False)
-        window = a.get("window_size")
-        for layer in a.need("layers"):
-            if not 0 <= layer < layers:
-                a.fail("layers", given["layers"], f"layers below {layers}")
-            pattern[layer] = "full_attention" if window is None else "sliding_window"
-        own |= dict(
-            attn_num_heads=a.need("num_heads"),
-            attn_num_kv_heads=a.get("num_kv_heads"),
-            rope_theta=float(a.get("rope_theta", default=10000.0)),
-        )
-        own |= {} if window is None else dict(window_size=window)
+    attention = _read_attention(c, pattern)
     return dict(
         layer_pattern=shortest(pattern),
         num_heads=heads,
@@ -66,7 +53,38 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
         allow_neg_eigval=c.get("allow_neg_eigval", default=False),
         norm_eps=c.get("norm_eps", default=1e-6),
         **own,
+        **attention,
     )
+
+
+def _read_attention(c: Fields, pattern: list[str]) -> dict[str, Any]:
+    """Our fields of the attention layers, which are set in the pattern: one specification, or a list."""
+    given, own, taken = c.get("attn", default=[]), dict[str, Any](), set[int]()
+    listed = given if isinstance(given, list) else [given]
+    for i, spec in enumerate(listed):
+        if not isinstance(spec, Mapping):
+            c.fail("attn", given, "an object, or a list of them")
+        a = Fields(spec, "attn." if given is spec else f"attn[{i}].")
+        a.only("qkv_bias", False)
+        a.only("qk_norm", False)
+        window, heads = a.get("window_size"), a.need("num_heads")
+        for layer in a.need("layers"):
+            if not 0 <= layer < len(pattern):
+                a.fail("layers", spec["layers"], f"layers below {len(pattern)}")
+            if layer in taken:
+                c.fail("attn", given, "each layer once")
+            taken.add(layer)
+            pattern[layer] = "full_attention" if window is None else "sliding_window"
+        new: dict[str, Any] = dict(
+            attn_num_heads=heads,
+            attn_num_kv_heads=a.get("num_kv_heads", default=heads),
+            rope_theta=float(a.get("rope_theta", default=10000.0)),
+        )
+        new |= {} if window is None else dict(window_size=window)
+        if any(own.get(name, value) != value for name, value in new.items()):
+            c.fail("attn", given, "the same heads, rope_theta and window in all of its objects")
+        own |= new
+    return own
 
 
 def write(config: ModelConfig, model_type: str) -> dict[str, Any]:

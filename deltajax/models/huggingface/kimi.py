@@ -9,7 +9,7 @@ from deltajax.models.huggingface.fields import Fields, kinds_of, leading
 def read(c: Fields, model_type: str) -> dict[str, Any]:
     """Our fields from theirs."""
     layers = c.need("num_hidden_layers")
-    linear = Fields(c.get("linear_attn_config", default={}), "linear_attn_config.")
+    linear = c.within("linear_attn_config")
     linear.only("gate_lower_bound", None)
     linear.only("use_full_rank_gate", False)
     c.only("mla_use_nope", True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from deltajax.models.config import ModelConfig
-from deltajax.models.huggingface.fields import Fields, hybrid_fields, kinds_of
+from deltajax.models.huggingface.fields import Fields, hybrid_fields, kinds_of, rotary
 
 _DELTA_NORM_EPS = 1e-5  # whatever rms_norm_eps says
 
@@ -13,10 +13,8 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
     layers, hidden, heads = c.need("num_hidden_layers"), c.need("hidden_size"), c.need("num_attention_heads")
     c.only("attention_bias", False)
     c.only("rope_scaling", None)
-    rope = c.get("rope_parameters", default={})
-    Fields(rope, "rope_parameters.").only("rope_type", "default")
-    # Null there means no positions; with nothing there, transformers rotates.
-    theta = rope["rope_theta"] if "rope_theta" in rope else c.get("rope_theta", default=10000.0)
+    # Null, in either place, means no positions; with nothing there, transformers rotates.
+    theta = rotary(c).given("rope_theta", default=c.given("rope_theta", default=10000.0))
     types = c.get("layer_types")
     if types is None:
         types = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from deltajax.models.config import ModelConfig
-from deltajax.models.huggingface.fields import Fields, hybrid_fields, kinds_of, whole
+from deltajax.models.huggingface.fields import Fields, hybrid_fields, kinds_of, rotary, whole
 
 
 def read(c: Fields, model_type: str) -> dict[str, Any]:
@@ -11,8 +11,7 @@ def read(c: Fields, model_type: str) -> dict[str, Any]:
     layers = c.need("num_hidden_layers")
     c.only("attention_bias", False)
     c.only("rope_scaling", None)
-    rope = Fields(c.get("rope_parameters", default={}), "rope_parameters.")
-    rope.only("rope_type", "default")
+    rope = rotary(c)
     every = c.get("full_attention_interval", default=4)
     types = c.get("layer_types") or [
         "linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)
