@@ -83,7 +83,7 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A training and a held-out split, with a fingerprint of the text behind both."""
+    """A training and a held-out split, with a fingerprint of the text behind both and of how it was split."""
 
     train: Store
     held_out: Store
@@ -95,6 +95,14 @@ class Fingerprint:
 
     def __init__(self) -> None:
         self.documents = self.bytes = self._checksum = 0
+
+    @classmethod
+    def of(cls, documents: Iterable[Document]) -> "Fingerprint":
+        """Of all of them."""
+        fingerprint = cls()
+        for document in documents:
+            fingerprint.add(document)
+        return fingerprint
 
     def add(self, document: Document) -> None:
         """Takes the next document in."""
@@ -109,17 +117,21 @@ class Fingerprint:
 def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
     """Training and held-out documents.
 
-    Whole documents are held out, those with the lowest checksum of their name, so the choice depends
-    neither on order nor on a seed. A corpus of few documents gives up the tail of each instead.
+    Whole documents are held out, those with the lowest checksum of their text: the choice depends neither on
+    order, nor on names, nor on a seed, and copies of a text stay together. A corpus of few different documents
+    gives up the tail of each instead.
     """
-    if len(documents) < MIN_DOCUMENTS_TO_SPLIT:
+    checksums = [zlib.crc32(d.text) for d in documents]
+    if len(set(checksums)) < MIN_DOCUMENTS_TO_SPLIT:
         cuts = [len(d.text) - max(1, round(len(d.text) * fraction)) for d in documents]
         head = [Document(d.name, d.text[:cut]) for d, cut in zip(documents, cuts, strict=True)]
         tail = [Document(d.name, d.text[cut:]) for d, cut in zip(documents, cuts, strict=True)]
         return [d for d in head if d.text], tail
-    ranked = sorted(documents, key=lambda d: (zlib.crc32(d.name.encode()), d.name))
-    held_out = {d.name for d in ranked[: max(1, round(len(documents) * fraction))]}
-    return [d for d in documents if d.name not in held_out], [d for d in documents if d.name in held_out]
+    last = sorted(checksums)[max(1, round(len(documents) * fraction)) - 1]
+    splits: tuple[list[Document], list[Document]] = ([], [])
+    for document, checksum in zip(documents, checksums, strict=True):
+        splits[checksum <= last].append(document)
+    return splits
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -180,10 +192,9 @@ def load_corpus(
     documents = list(read_documents(expand(patterns), text_field, bad) if patterns else stdlib_documents())
     if not documents:
         raise DataError(f"no documents in {', '.join(patterns) or 'the standard library'}")
-    fingerprint = Fingerprint()
-    for document in documents:
-        fingerprint.add(document)
     train, held_out = split_documents(documents, held_out_fraction)
     if not train:
         raise DataError(f"{documents[0].name}: too short to train on")
-    return Corpus(tokenize(train, tokenizer), tokenize(held_out, tokenizer), str(fingerprint))
+    # A run that is resumed must notice if text it had held out is among what it would train on.
+    fingerprint = f"{Fingerprint.of(documents)} (held out: {Fingerprint.of(held_out)})"
+    return Corpus(tokenize(train, tokenizer), tokenize(held_out, tokenizer), fingerprint)

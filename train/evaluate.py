@@ -74,6 +74,10 @@ def _evaluate(options, processes: "Processes") -> int:
         batches = options.batches or config.eval.batches
     if tokenizer.fingerprint != saved.config["corpus"]["tokenizer"]:
         raise ConfigError(f"the tokenizer of {options.run_dir} is no more the one it was trained with")
+    if not options.files and "preference" not in saved.config and processes.index == 0:
+        then, now = saved.config["corpus"]["fingerprint"], data.fingerprint
+        if then != now:  # the run may have trained on what is held out now
+            print(f"note: corpus.fingerprint was {then!r} in the run and is {now!r} now", file=sys.stderr)
     if config.data.seq_len % options.mesh.context:
         raise ConfigError(
             f"argument --mesh.context: {options.mesh.context} does not divide the run's rows of "

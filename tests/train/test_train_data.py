@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from deltajax.tokenizer import ByteTokenizer
+from tests.train.train_common import write_text
 from train.config import ConfigError
 from train.corpus import TokenStore, load_corpus, split_documents, tokenize
 from train.data import Pieces, eval_batches, merge_states, train_batches
@@ -107,10 +108,34 @@ def test_processes_read_disjoint_shares():
 
 
 def test_split_holds_out_whole_documents_whatever_their_order():
-    documents = [Document(f"d{i}", b"text") for i in range(100)]
+    documents = [Document(f"d{i}", b"text %d" % i) for i in range(100)]
     train, held_out = split_documents(documents, 0.05)
     assert len(held_out) == 5 and len(train) == 95
     assert {d.name for d in split_documents(documents[::-1], 0.05)[1]} == {d.name for d in held_out}
+
+
+def test_split_depends_on_no_names_and_keeps_copies_together():
+    documents = [Document(f"d{i}", b"text %d" % (i % 50)) for i in range(100)]
+    train, held_out = split_documents(documents, 0.06)
+    texts = {d.text for d in held_out}
+    assert len(held_out) == 6 and len(texts) == 3 and not texts & {d.text for d in train}
+    renamed = [Document(f"elsewhere/{d.name}", d.text) for d in documents]
+    assert [d.text for d in split_documents(renamed, 0.06)[1]] == [d.text for d in held_out]
+
+
+def test_copies_of_one_text_give_up_their_tails():
+    train, held_out = split_documents([Document(f"d{i}", b"0123456789") for i in range(30)], 0.1)
+    assert {d.text for d in train} == {b"012345678"} and {d.text for d in held_out} == {b"9"}
+
+
+def test_the_fingerprint_tells_of_another_held_out_set_and_not_of_another_path(tmp_path, monkeypatch):
+    path = write_text(tmp_path / "text.jsonl", documents=40)
+
+    def fingerprint(name, fraction=0.1):
+        return load_corpus([str(name)], "text", fraction, ByteTokenizer()).fingerprint
+
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(path) == fingerprint("text.jsonl") != fingerprint(path, 0.2)
 
 
 def test_split_of_a_single_document_holds_out_its_tail():

@@ -103,11 +103,22 @@ def test_an_export_carries_the_tokenizer_of_its_run(finished, tmp_path, capsys):
 def test_evaluation_of_a_checkpoint_is_the_runs_own(finished, capsys):
     for step, line in enumerate(read_metrics(finished / "metrics.jsonl"), start=1):
         assert evaluate.main([str(finished), "--step", str(step), "--mesh.data", "1"]) == 0
-        out = capsys.readouterr().out
+        out, error = capsys.readouterr()
+        assert "note:" not in error
         loss, perplexity = map(float, re.search(r"loss (\S+) nats.* perplexity (\S+) over", out).groups())
         assert out.startswith(f"step {step}: ")
         assert loss == pytest.approx(line["eval_loss"], abs=1e-4)
         assert perplexity == pytest.approx(math.exp(line["eval_loss"]), abs=1e-3)
+
+
+def test_evaluation_tells_that_other_text_is_held_out_now(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    config = tmp_path / "run" / "checkpoints" / "3" / "config" / "metadata"
+    saved = json.loads(config.read_text())
+    saved["corpus"]["fingerprint"] = "as it was"
+    config.write_text(json.dumps(saved))
+    assert evaluate.main([str(tmp_path / "run"), "--mesh.data", "1"]) == 0
+    assert "note: corpus.fingerprint was 'as it was' in the run and is '30-" in capsys.readouterr().err
 
 
 def test_evaluation_on_other_text_takes_all_of_it(finished, tmp_path, capsys):
