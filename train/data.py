@@ -237,11 +237,17 @@ def train_batches(
 def eval_batches(mixture: Mixture, *, seq_len: int, batch_size: int, max_batches: int) -> list[Batch]:
     """The first `max_batches` batches of the held-out split, the same on every call and every process.
 
+    Of a weighted mixture no more pieces are read than its parts have together, the small ones repeating: what
+    is evaluated has the mixture's shares throughout.
+
     Returns:
         Batches as from `train_batches`, of `batch_size` rows; the last is filled up with padding rows.
     """
     parts = [_pieces(group, seq_len).shuffle(seed=0) for group in mixture.groups]
-    rows = _pack(_mix(mixture, parts, [len(part) for part in parts]), seq_len, batch_size)
+    counts = [len(part) for part in parts]
+    if len(parts) > 1:  # a mixture of parts that end would end with the first of them
+        parts = [part.repeat() for part in parts]
+    rows = _pack(_mix(mixture, parts, counts)[: sum(counts)], seq_len, batch_size)
     batches: list[Batch] = []
     for batch in rows.batch(batch_size, drop_remainder=False):
         missing = batch_size - len(batch["tokens"])

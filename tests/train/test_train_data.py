@@ -224,6 +224,16 @@ def test_mixture_weighs_tokens_not_documents():
     assert np.std(shares) < 0.25
 
 
+def test_evaluation_of_a_mixture_is_not_cut_short_by_its_smallest_part():
+    large, small = numbered_store((SEQ,) * 300), numbered_store((SEQ,) * 4)
+    small = TokenStore(small.tokens + 1_000_000, small.offsets, small.num_bytes)
+    mixture = Mixture((Group("large", (large,), 0.5), Group("small", (small,), 0.5)))
+    batches = eval_batches(mixture, seq_len=SEQ, batch_size=4, max_batches=20)
+    targets = np.concatenate([b["targets"][b["segment_ids"] > 0] for b in batches])
+    assert len(targets) == 20 * 4 * SEQ and (targets > 1_000_000).mean() == pytest.approx(0.5, abs=0.02)
+    assert len(eval_batches(mixture, seq_len=SEQ, batch_size=4, max_batches=999)) == 304 // 4
+
+
 def test_mixture_without_weights_is_in_proportion_to_size():
     large, small = numbered_store((60,) * 90), numbered_store((60,) * 10)
     small = TokenStore(small.tokens + 1_000_000, small.offsets, small.num_bytes)
