@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from train.config import ConfigError
-from train.config_dict import differing_fields
+from train.config_dict import differing_fields, model_defaults
 from train.data import merge_states
 from train.step import TrainState
 
@@ -172,12 +172,13 @@ class Checkpoints:
             abstract: shapes, dtypes and shardings to restore into.
             data: the data iterator, set to the checkpoint's position.
             config: this run's, as `save` is given it. Its "model" must be the saved one's, but for how it
-                computes (`ARITHMETIC`), and so must its "optimizer_state", where both have one.
+                computes (`ARITHMETIC`), and so must its "optimizer_state" and its corpus's "tokenizer",
+                where both have one.
             report: is given one line per unreadable checkpoint.
 
         Raises:
-            ConfigError: a checkpoint is of another model or optimizer (the message names the differing
-                fields), or its data cannot be shared by this number of processes.
+            ConfigError: a checkpoint is of another model, optimizer (the message names the differing
+                fields) or tokenizer, or its data cannot be shared by this number of processes.
             CheckpointError: there are checkpoints and none can be read; they are left where they are.
         """
         steps, unreadable = self.steps(), []
@@ -228,6 +229,16 @@ class Checkpoints:
         return Restored(restored, saved)
 
     def _check_fits(self, step: int, saved: dict[str, Any], config: dict[str, Any]) -> None:
+        if "model" in saved and "model" in config:
+            # A field that the saved configuration is too old to have was what its default says.
+            missing = config["model"].keys() - saved["model"].keys()
+            saved["model"] |= {name: value for name, value in model_defaults().items() if name in missing}
+        then, now = (x.get("corpus", {}).get("tokenizer") for x in (saved, config))
+        if None not in (then, now) and then != now:
+            raise ConfigError(
+                f"{self.directory / str(step)} was trained with another tokenizer: {then} there and {now} "
+                "here; choose another --run-dir"
+            )
         for part, what, free in (
             ("model", "model", ARITHMETIC),
             ("optimizer_state", "optimizer", frozenset()),

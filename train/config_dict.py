@@ -5,6 +5,7 @@ import types
 import typing
 from typing import Any
 
+from deltajax.models import ModelConfig
 from train.config import ConfigError
 
 
@@ -17,6 +18,16 @@ def to_dict(config: Any) -> dict[str, Any]:
         return list(value) if isinstance(value, tuple) else value
 
     return ready(dataclasses.asdict(config))
+
+
+def model_defaults() -> dict[str, Any]:
+    """The fields of a model's configuration that have a default, as `to_dict` gives them."""
+    fields = {x.name: x.default for x in dataclasses.fields(ModelConfig)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in fields.items()
+        if value is not dataclasses.MISSING
+    }
 
 
 def from_dict[C](cls: type[C], values: dict[str, Any]) -> C:

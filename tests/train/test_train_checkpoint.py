@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deltajax.models import ModelConfig
 from tests.train.train_common import environment
 from train.checkpoint import CheckpointError, Checkpoints
 from train.config import ConfigError
@@ -30,21 +31,22 @@ def numbers():
     return iter(grain.MapDataset.range(100).to_iter_dataset())
 
 
-def save(directory: Path, eval_losses: list[float | None], keep: int = 2, first: int = 1) -> None:
+def save(directory: Path, eval_losses: list[float | None], keep: int = 2, first: int = 1, **more) -> None:
     checkpoints, data = Checkpoints(directory, keep), numbers()
+    config = {"model": MODEL, "optimizer_state": ADAMW, **more}
     for step, loss in enumerate(eval_losses, start=first):
         next(data)
-        checkpoints.save(step, state_at(step), data, {"model": MODEL, "optimizer_state": ADAMW}, loss)
+        checkpoints.save(step, state_at(step), data, config, loss)
     checkpoints.close()
 
 
-def restore(directory: Path, model=MODEL, optimizer=ADAMW):
+def restore(directory: Path, model=MODEL, optimizer=ADAMW, **more):
     checkpoints, data, said = Checkpoints(directory, 2), numbers(), []
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_at(0)
     )
     try:
-        config = {"model": model, "optimizer_state": optimizer}
+        config = {"model": model, "optimizer_state": optimizer, **more}
         return checkpoints.restore_newest(abstract, data, config, said.append), data, said
     finally:
         checkpoints.close()
@@ -141,6 +143,21 @@ def test_the_same_model_computed_otherwise_is_accepted(tmp_path):
     save(tmp_path / "c", [None])
     other = {**MODEL, "remat": "full", "implementation": None, "dtype": "bfloat16", "chunk_size": 32}
     assert int(restore(tmp_path / "c", other)[0].state.step) == 1
+
+
+def test_a_field_younger_than_the_checkpoint_had_its_default(tmp_path):
+    save(tmp_path / "c", [None])
+    restored, _, _ = restore(tmp_path / "c", {**MODEL, "window_size": ModelConfig.window_size})
+    assert restored.config["model"]["window_size"] == ModelConfig.window_size
+    with pytest.raises(ConfigError, match=rf"window_size is {ModelConfig.window_size} there and 7 here"):
+        restore(tmp_path / "c", {**MODEL, "window_size": 7})
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    save(tmp_path / "c", [None], corpus={"tokenizer": "bytes"})
+    assert int(restore(tmp_path / "c", corpus={"tokenizer": "bytes"})[0].state.step) == 1
+    with pytest.raises(ConfigError, match=r"another tokenizer: bytes there and abc here; .*--run-dir"):
+        restore(tmp_path / "c", corpus={"tokenizer": "abc"})
 
 
 # Leaves of several ranks and dtypes, one of them split along each dimension of a [2, 2] mesh.
