@@ -1,6 +1,6 @@
 """Checks and times the Hopper kernels.
 
-    python -m benchmarks.hopper --check            # every shared test case the kernels support
+    python -m benchmarks.hopper --check            # every shared test case and full-width ones
     python -m benchmarks.hopper                    # the table, also as JSON with --json FILE
 
 Times are medians of device time, as in `benchmarks.op_times`: `elapsed` from the start of one queued run to
@@ -122,20 +122,23 @@ def passes(case: cases.Case, x: dict) -> dict[str, jax.Array]:
 def check(options: Options) -> bool:
     """Errors against the float64 recurrence on the same inputs, and equal bits on repeated runs.
 
-    ``alone`` is the forward pass as it is where nobody differentiates it.
+    The kernels take every case, so one that they refuse is a failure. ``alone`` is the forward pass as it is
+    where nobody differentiates it.
     """
     seed = int(time.time())
     start, step = options.shard
-    ok, worst, refused = start != 0 or check_transformations(), {}, 0
+    ok, worst, compared, refused = start != 0 or check_transformations(), {}, 0, 0
     for case in [c for c in [*cases.CASES, *FULL_WIDTH] if options.selects(c)][start::step]:
         for dtype in options.dtypes:
             x = cases.arrays(case, jnp.dtype(dtype), seed)
             device = jax.tree.map(jnp.asarray, x)
             try:
                 got = jax.device_get(passes(case, device))
-            except NotImplementedError:
+            except NotImplementedError as error:
                 refused += 1
+                print(f"REFUSED {dtype} {case}: {error}", flush=True)
                 continue
+            compared += 1
             same = all(
                 np.array_equal(got[name], np.asarray(again[name]), equal_nan=True)
                 for again in (passes(case, device) for _ in range(options.repeats))
@@ -153,7 +156,8 @@ def check(options: Options) -> bool:
                 print(f"FAIL {dtype} {case}: {over} same={same}", flush=True)
     for key, (e, name) in sorted(worst.items()):
         print(f"worst {' '.join(key):24s} {e:.1e}  {name}")
-    print(f"check: {'ok' if ok else 'FAILED'}, seed {seed}, {refused} runs refused, {card()}")
+    ok = ok and compared > 0 and not refused
+    print(f"check: {'ok' if ok else 'FAILED'}, seed {seed}, {compared} compared, {refused} refused, {card()}")
     return ok
 
 

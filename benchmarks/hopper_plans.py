@@ -81,10 +81,33 @@ def programs(plans: list[Plan], function, args) -> list:
         return list(pool.map(compiled, [lowered(layout) for layout in plans]))
 
 
+def label(p: problems.Problem, layout: Plan, best: Plan) -> str:
+    text = f"{p!s:24s} {'*' if layout == best else ' '} warpgroups {layout.warpgroups}"
+    return text + f" stages {layout.stages} runs {layout.runs}"
+
+
+def compare(p: problems.Problem, best: Plan, compiled: dict, args) -> tuple[bool, int, int]:
+    """Whether all layouts give what the chosen one does; how many others were compared, did not compile."""
+    missing = [layout for layout, program in compiled.items() if program is None]
+    for layout in missing:
+        verdict = "FAIL" if layout == best else "none"
+        print(f"{verdict} {label(p, layout, best)}: does not compile", flush=True)
+    if best in missing:
+        return False, 0, len(missing)
+    want, ok = compiled[best](*args), True
+    others = [layout for layout in compiled if layout != best and layout not in missing]
+    for layout in others:
+        pairs = zip(jax.tree.leaves(compiled[layout](*args)), jax.tree.leaves(want), strict=True)
+        worst = max(cases.relative_error(*map(jax.device_get, pair)) for pair in pairs)
+        ok &= worst < BOUND
+        print(f"{'ok  ' if worst < BOUND else 'FAIL'} {label(p, layout, best)}: {worst:.1e}", flush=True)
+    return ok, len(others), len(missing)
+
+
 def main(options: Options) -> int:
     """Runs the check or the table."""
     dispatch.PALLAS = {"cuda": KERNEL}
-    rows, ok = [], True
+    rows, ok, compared, missing = [], True, 0, 0
     print(f"{card()}, jax {jax.__version__}, milliseconds forward, forward + backward")
     for p in problems.PROBLEMS:
         if not any(part in str(p) for part in options.only):
@@ -96,29 +119,24 @@ def main(options: Options) -> int:
         # A forward pass alone has its own number of stages, which may not fit where that of both passes does.
         halves = both if options.check else programs(plans, forward, args)
         if options.check:
-            want = both[plans.index(best)](do, *args)
+            good, n, absent = compare(p, best, dict(zip(plans, both, strict=True)), (do, *args))
+            ok, compared, missing = ok and good, compared + n, missing + absent
+            continue
         for i, layout in enumerate(plans):
             if both[i] is None or halves[i] is None:
-                continue
-            text = f"{p!s:24s} {'*' if layout == best else ' '} warpgroups {layout.warpgroups}"
-            text += f" stages {layout.stages} runs {layout.runs}"
-            if options.check:
-                pairs = zip(jax.tree.leaves(both[i](do, *args)), jax.tree.leaves(want), strict=True)
-                worst = max(cases.relative_error(*map(jax.device_get, pair)) for pair in pairs)
-                ok &= worst < BOUND
-                print(f"{'ok  ' if worst < BOUND else 'FAIL'} {text}: {worst:.1e}", flush=True)
                 continue
             times = elapsed_ms(halves[i], args), elapsed_ms(both[i], (do, *args))
             rows.append(
                 {"problem": str(p), "chosen": layout == best, "card": card(), "ms": times}
                 | dataclasses.asdict(layout)
             )
-            print(f"{text}  {times[0]:.3f} {times[1]:.3f}", flush=True)
+            print(f"{label(p, layout, best)}  {times[0]:.3f} {times[1]:.3f}", flush=True)
             if options.json:
                 with open(options.json, "w") as file:
                     json.dump(rows, file, indent=1)
     if options.check:
-        print(f"check: {'ok' if ok else 'FAILED'}, {card()}")
+        ok = ok and compared > 0
+        print(f"check: {'ok' if ok else 'FAILED'}, {compared} compared, {missing} do not compile, {card()}")
     return 0 if ok else 1
 
 
