@@ -51,17 +51,23 @@ def keep(held: Any, counts: Int[Array, " B"]) -> ModelCache:
 
 
 def accept_greedy(
-    logits: Float[Array, "B T vocab"], tokens: Int[Array, "B T"]
+    logits: Float[Array, "B T vocab"],
+    tokens: Int[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """How many tokens to keep: the first, and the drafted ones up to the first that is not the likeliest.
 
     Args:
-      logits, tokens: of `verify`.
+      logits, tokens, segment_ids: of `verify`; padding is never kept, whatever its token.
 
     Returns:
-      counts int32 [B], from 1 to T, and the likeliest token after the kept ones [B].
+      counts int32 [B], from 1 to a row's number of tokens (0 where all are padding), and the likeliest token
+      after the kept ones [B].
     """
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    right = (tokens[:, 1:] == best[:, :-1]).astype(jnp.int32)
-    counts = 1 + jnp.sum(jnp.cumprod(right, axis=1), axis=1)
-    return counts, jnp.take_along_axis(best, counts[:, None] - 1, axis=1)[:, 0]
+    right = jnp.pad(tokens[:, 1:] == best[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    if segment_ids is not None:
+        right &= segment_ids != 0
+    counts = jnp.sum(jnp.cumprod(right.astype(jnp.int32), axis=1), axis=1)
+    return counts, jnp.take_along_axis(best, jnp.maximum(counts[:, None] - 1, 0), axis=1)[:, 0]

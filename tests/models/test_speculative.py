@@ -44,3 +44,15 @@ def test_greedy_decoding_from_random_drafts_is_plain_greedy_decoding(short):
     for row in range(3):
         assert got[row][:COUNT] == list(want[row])
     assert set(accepted) == {1, 2, 3, 4}
+
+
+def test_padding_is_not_kept_even_where_its_token_is_the_likeliest():
+    """Three, one and no drafts, all right, and a row of padding."""
+    likeliest = np.tile([4, 5, 6, 7], (4, 1))
+    tokens = np.concatenate([np.full((4, 1), 3), likeliest[:, :-1]], axis=1)  # padding too
+    ids = np.arange(4) < np.array([[4], [2], [1], [0]])
+    counts, following = accept_greedy(
+        jax.nn.one_hot(likeliest, 9), jnp.asarray(tokens), segment_ids=jnp.asarray(ids, jnp.int32)
+    )
+    np.testing.assert_array_equal(counts, [4, 2, 1, 0])
+    np.testing.assert_array_equal(following[:3], [7, 5, 4])
