@@ -37,7 +37,9 @@ def sample(logits: Float[Array, "B vocab"], options: Sampling, keys: Key[Array, 
     """
     if options.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / options.temperature
+    # The largest at zero first: it stays there however small the temperature, and the others go to -inf.
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = jnp.where(below == 0, 0.0, below / options.temperature)
     if options.top_k is not None:
         _, best = jax.lax.top_k(logits, options.top_k)  # ties: exactly k survive
         rows = jnp.arange(logits.shape[0])[:, None]

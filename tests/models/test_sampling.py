@@ -34,6 +34,13 @@ def test_frequencies_are_the_truncated_and_tempered_probabilities(options, want)
     np.testing.assert_array_equal(frequency(options)[want == 0], 0)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-60])
+def test_the_coldest_sampling_takes_the_likeliest(temperature):
+    logits = jnp.array([[1.0, 5.0, 3.0, -2.0], [1e-3, 0.0, -1e9, 2e-3]])
+    for options in (Sampling(temperature), Sampling(temperature, top_k=2, top_p=0.9)):
+        np.testing.assert_array_equal(sample(logits, options, KEYS[:2]), [1, 3])
+
+
 def test_top_k_keeps_exactly_k_among_equal_logits():
     tokens = sample(jnp.zeros((DRAWS, 4)), Sampling(1.0, top_k=2), KEYS)
     assert len(np.unique(tokens)) == 2
