@@ -92,7 +92,8 @@ def stream(
     """`generate`, a step at a time: the same tokens, each as soon as it is known.
 
     Ends when every row has finished, after `max_new_tokens`, or when the longest row's caches are full. Those
-    of full and latent attention grow as needed, by doubling, so that few programs are compiled.
+    of full and latent attention grow as needed, by doubling, so that few programs are compiled, to as many slots
+    as will be filled at most.
 
     Args:
       model, prompt_tokens: as in `generate`, and so are the arguments not named here.
@@ -132,7 +133,7 @@ def _steps(
         following = None
         if n != count:  # started before this step's tokens are looked at
             if read + n > slots:
-                slots *= 2
+                slots = 2 * slots if count is None else min(2 * slots, read + count - 1)
                 state = state._replace(cache=_grow(graph, params, state.cache, slots))
             following = _advance(graph, params, state._replace(cache=()), state.cache, options)
         step = Step(np.asarray(state.last), np.asarray(state.finished))

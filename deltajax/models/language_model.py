@@ -122,12 +122,19 @@ class LanguageModel(nnx.Module):
         """The same cache with room for sequences of `max_length` tokens, no less than before.
 
         No sequence may have outgrown the old one: a full ring no longer tells its first slot.
+
+        Raises:
+          ValueError: the cache has more slots.
         """
         batch = jax.tree.leaves(cache)[0].shape[1]
 
         def put(old: Array, new: Array) -> Array:
             if old.shape == new.shape:
                 return old
+            if old.shape[2] > new.shape[2]:  # [layers, B, slots, .]
+                raise ValueError(
+                    f"max_length={max_length}: expected at least {old.shape[2]}, the cache's slots"
+                )
             return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
 
         return jax.tree.map(put, cache, self.init_cache(batch, max_length))

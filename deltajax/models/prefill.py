@@ -80,7 +80,7 @@ def as_prompts(
       vocab_size: ids are less; an id outside the table would embed as NaN.
 
     Raises:
-      ValueError: an empty or misshapen prompt, ids or lengths out of range; TypeError: ids not integers.
+      ValueError: an empty or misshapen prompt, ids or lengths out of range; TypeError: they are not integers.
     """
     if isinstance(prompts, np.ndarray | jax.Array):
         if prompts.ndim != 2 or 0 in prompts.shape:
@@ -93,6 +93,8 @@ def as_prompts(
             raise ValueError(f"prompt_tokens: expected non-empty sequences of ids, got shapes {shapes}")
     if lengths is not None:
         T, values = min(map(len, rows)), np.asarray(lengths)
+        if not np.issubdtype(values.dtype, np.integer):
+            raise TypeError(f"prompt_lengths: expected integers, got {values.dtype}")
         if values.shape != (len(rows),) or values.min() < 1 or values.max() > T:
             raise ValueError(f"prompt_lengths={values.tolist()}: expected {len(rows)} integers from 1 to {T}")
     everything = np.concatenate(rows)

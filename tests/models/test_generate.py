@@ -1,3 +1,5 @@
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,15 @@ def test_a_stream_gives_the_same_tokens_as_they_come_while_its_cache_grows(short
     np.testing.assert_array_equal(np.stack([step.tokens for step in got], axis=1), want[:, : len(got)])
     for n, step in enumerate(got):
         np.testing.assert_array_equal(step.finished, n >= ends)
+
+
+def test_a_streams_cache_grows_to_what_it_will_hold_at_most(short, monkeypatch):
+    module, grown = sys.modules["deltajax.models.generate"], []
+    monkeypatch.setattr(module, "_grow", lambda graph, params, cache, slots: grown.append(slots))
+    monkeypatch.setattr(module, "_advance", lambda graph, params, state, *_: state)
+    for options, steps in ((dict(max_length=40), 36), (dict(max_new_tokens=30), 30)):
+        assert len(list(stream(short, PROMPT, prompt_lengths=LENGTHS, **options))) == steps
+    assert grown == [32, 40, 32, 34]
 
 
 def test_a_stream_ends_after_its_tokens_or_with_its_cache(short):
@@ -206,6 +217,8 @@ def test_sequences_that_are_no_ids_raise(short):
         generate(short, [[1, 2], []], max_new_tokens=1)
     with pytest.raises(TypeError, match="expected integer ids, got float64"):
         generate(short, [[1.5]], max_new_tokens=1)
+    with pytest.raises(TypeError, match="prompt_lengths: expected integers, got float64"):
+        generate(short, [[1, 2, 3]], prompt_lengths=[1.5], max_new_tokens=1)
 
 
 def test_an_empty_prompt_raises(hybrid):

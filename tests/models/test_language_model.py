@@ -109,6 +109,15 @@ def test_two_models_of_one_configuration_have_one_definition_and_average_leaf_by
     assert jnp.isfinite(run(average, tokens_of(2))).all()
 
 
+def test_a_cache_does_not_grow_to_fewer_slots(short):
+    cache = short.init_cache(1, 8)
+    assert jax.tree.map(jnp.shape, short.grow_cache(cache, 9)) == jax.tree.map(
+        jnp.shape, short.init_cache(1, 9)
+    )
+    with pytest.raises(ValueError, match="max_length=4: expected at least 8, the cache's slots"):
+        short.grow_cache(cache, 4)
+
+
 def test_tied_embeddings_are_the_head(tiny, build):
     model = build(tiny.replace(tie_embeddings=True))
     np.testing.assert_array_equal(model.head_kernel(), model.embedding[...].T)
