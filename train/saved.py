@@ -70,6 +70,16 @@ class Saved:
         return params
 
 
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of which a run has a complete checkpoint, in order."""
+    directory = run_dir.absolute() / "checkpoints"
+    if not directory.is_dir():
+        return []
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(directory, options=options) as manager:
+        return sorted(manager.all_steps())
+
+
 def open_saved(run_dir: Path, step: int | None = None) -> Saved:
     """A run's newest complete checkpoint, or that of a step.
 
@@ -77,18 +87,13 @@ def open_saved(run_dir: Path, step: int | None = None) -> Saved:
         ConfigError: there is none; the message says which there are.
         CheckpointError: it cannot be read.
     """
-    directory = run_dir.absolute() / "checkpoints"
-    steps: list[int] = []
-    if directory.is_dir():
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        with ocp.CheckpointManager(directory, options=options) as manager:
-            steps = sorted(manager.all_steps())
+    steps = saved_steps(run_dir)
     if not steps:
         raise ConfigError(f"argument RUN-DIR: {run_dir} holds no checkpoints")
     if step is not None and step not in steps:
         raise ConfigError(f"argument --step: {run_dir} has checkpoints of steps {steps}, got {step}")
     step = steps[-1] if step is None else step
-    place = epath.Path(directory / str(step))
+    place = epath.Path(run_dir.absolute() / "checkpoints" / str(step))
     try:
         config = ocp.JsonCheckpointHandler().restore(place / "config", args=ocp.args.JsonRestore())
         return Saved(step, place, ModelConfig(**_tuples(config["model"])), config)

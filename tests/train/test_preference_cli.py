@@ -44,6 +44,7 @@ def base(tmp_path_factory):
 
 def test_dpo_learns_pairs_and_resumes_to_the_same_curve(base, tmp_path, monkeypatch, capfd):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
+    base = shutil.copytree(base, tmp_path / "base")
 
     own = [str(base), "--data.files", pairs, "--run-dir", str(tmp_path / "run"), *QUICK]
 
@@ -58,14 +59,23 @@ def test_dpo_learns_pairs_and_resumes_to_the_same_curve(base, tmp_path, monkeypa
     assert last["eval_loss"] < 0.6 and last["eval_reward_accuracy"] > 0.9 and last["reward_margin"] > 0.2
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    shutil.copytree(base / "checkpoints" / "1", base / "checkpoints" / "2")  # the tuned run goes on
+    assert main([*own, "--beta", "0.5", "--step", "2"]) == 2
+    assert "argument --step: " in (error := capfd.readouterr().err) and "tunes step 1, got 2" in error
     with monkeypatch.context() as patched:  # neither is needed any more
         patched.setattr(tuning, "reference_log_probs", None)
         patched.setattr(tuning.PreferenceRun, "base_params", None)
         again = tune()
     shown = capfd.readouterr().out
     assert "at step 4" in shown and "python -m train.preference" in shown
+    assert f"dpo of {base} at step 1 " in shown and " --step 1 " in shown
     for name in ("loss", "reward_margin", "grad_norm"):
         assert [line[name] for line in again] == [line[name] for line in whole]
+
+    config = base / "checkpoints" / "1" / "config" / "metadata"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"params_digest": 1}))
+    assert main(own) == 2
+    assert "tunes other parameters than those of step 1" in capfd.readouterr().err
 
 
 def test_fine_tuning_takes_the_chosen_answers_alone(base, tmp_path):

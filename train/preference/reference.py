@@ -115,6 +115,15 @@ def attached(what: Examples, flat: np.ndarray) -> Examples:
     return with_reference(what, [[next(parts) for _ in rows] for rows in what.rows])
 
 
+def stored_key(path: Path) -> str | None:
+    """The key of `cached_reference` that a file holds, None if there is no whole one."""
+    try:
+        with np.load(path) as file:
+            return str(file["key"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def _stored(path: Path, key: str) -> np.ndarray | None:
     if not path.exists():
         return None

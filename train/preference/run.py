@@ -1,6 +1,6 @@
 """A tuning run: the trainer's own (`train.loop.Run`) with other batches, objective and first state."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.checkpoint import digest
+from train.checkpoint import CheckpointError, digest
 from train.config import ConfigError, TrainConfig
 from train.config_checks import check
 from train.data import Batch
@@ -27,11 +27,14 @@ from train.preference.reference import (
     fingerprint,
     make_log_probs_step,
     reference_log_probs,
+    stored_key,
 )
 from train.processes import Processes
 from train.report import Report
-from train.saved import Saved, open_saved
+from train.saved import Saved, open_saved, saved_steps
 from train.step import Params, TrainState
+
+REFERENCE = "reference.npz"  # in the run's directory
 
 
 def tune(options: PreferenceOptions, processes: Processes) -> int:
@@ -47,14 +50,51 @@ def tune(options: PreferenceOptions, processes: Processes) -> int:
     """
     options.check()
     processes.join(options.mesh)
-    saved = open_saved(options.base, options.step)
+    directory = Path(options.run_dir)
+    saved = opened_base(options, directory)
     config = options.run_config(saved.options)
     check(config)
-    directory = Path(options.run_dir)
     if directory.resolve() == Path(options.base).resolve():
         raise ConfigError(f"argument --run-dir: {directory} is the run that is tuned; choose another")
     report = Report(enabled=processes.index == 0, every=config.log.every)
     return execute(PreferenceRun.of(options, saved, config, directory, report, processes))
+
+
+def opened_base(options: PreferenceOptions, directory: Path) -> Saved:
+    """The checkpoint that is tuned: the one that the run in `directory` began with, if it has checkpoints.
+
+    Raises:
+        ConfigError: there is none, or another is asked for than the run began with.
+        CheckpointError: it cannot be read.
+    """
+    begun = _begun_with(directory)
+    if begun is None:
+        return open_saved(options.base, options.step)
+    if options.step not in (None, begun):
+        raise ConfigError(
+            f"argument --step: {directory} tunes step {begun}, got {options.step}; choose another --run-dir"
+        )
+    try:
+        saved = open_saved(options.base, begun)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, with which {directory} began; choose another --run-dir") from error
+    key, own = stored_key(directory / REFERENCE), saved.config.get("params_digest")
+    if key is not None and own is not None and key.partition("-")[0] != str(own):
+        raise ConfigError(
+            f"argument --run-dir: {directory} tunes other parameters than those of step {begun} of "
+            f"{options.base}; choose another"
+        )
+    return saved
+
+
+def _begun_with(directory: Path) -> int | None:
+    """The tuned run's step, as the newest checkpoint that can be read tells it."""
+    for step in reversed(saved_steps(directory)):
+        try:
+            return open_saved(directory, step).config.get("preference", {}).get("base_step")
+        except CheckpointError:
+            continue
+    return None
 
 
 @dataclass
@@ -154,7 +194,7 @@ class PreferenceRun(Run):
                     everything, self.base_params, step, self.model.mesh, self.rules, **sizes
                 )
 
-        path, key = self.directory / "reference.npz", f"{base}-{fingerprint(everything)}"
+        path, key = self.directory / REFERENCE, f"{base}-{fingerprint(everything)}"
         everything, computed = cached_reference(path, key, everything, compute, self.processes.index == 0)
         self.report.say(f"reference log-probabilities: {'computed, now in' if computed else 'from'} {path}")
         count = len(self.train_pairs)
@@ -178,7 +218,8 @@ class PreferenceRun(Run):
         )
         if self.data.bad.count:
             self.report.say(self.data.bad.summary())
-        self.report.say(f"to reproduce: {self.options.command()}")
+        # With the step, as the tuned run may go on.
+        self.report.say(f"to reproduce: {replace(self.options, step=self.saved.step).command()}")
 
     @cached_property
     def _held_out(self) -> list[Batch]:
