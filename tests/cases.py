@@ -45,6 +45,8 @@ class Case:
     normalize: bool = True
     initial: bool = True
     lower_bound: float = -5.0
+    scale: float | None = None  # of q; None means K^-1/2
+    bias: bool = True  # whether a gate has a dt_bias
     slow_test: bool = False  # only in the long sweep
 
     def __str__(self):
@@ -54,6 +56,8 @@ class Case:
         extra += [f"beta{self.beta_max:g}"] if self.beta_max != 1 else []
         extra += [] if self.initial else ["no-state"]
         extra += [f"bound{self.lower_bound:g}"] if self.lower_bound != -5 else []
+        extra += [] if self.scale is None else [f"scale{self.scale:g}"]
+        extra += [] if self.bias else ["no-bias"]
         return "-".join([self.gate, shape, self.decay, *extra])
 
 
@@ -82,6 +86,12 @@ def _cases() -> list[Case]:
             Case(gate, T=130, B=2, HV=2, segments="packed", decay="slow", V=16),
             Case(gate, T=130, B=2, HV=2, segments="states", decay="slow", K=16),
         ]
+    # What a caller may choose.
+    cases += [
+        Case("none", T=65, HV=2, scale=0.5),
+        Case("head", T=65, HV=2, decay="softplus", scale=2.0, bias=False),
+        Case("channel", T=65, HV=2, decay="bounded", lower_bound=-1.0, scale=0.5, bias=False),
+    ]
     for gate in ("head", "channel"):
         cases += [  # the first four and zero keys are one program
             Case(gate, T=130, decay="zero", beta_max=2.0),
@@ -156,7 +166,8 @@ def arrays(case: Case, dtype=np.float64, seed: int = SEED) -> dict[str, np.ndarr
             case "softplus" | "bounded":
                 g = 3 * noise
                 out["A_log"] = np.log(rng.uniform(0.05, 16, size=HV))
-                out["dt_bias"] = normal(*g_shape[2:]) - 3
+                if case.bias:
+                    out["dt_bias"] = normal(*g_shape[2:]) - 3
         out["g"] = g
     shape = (B, NUM_SEGMENTS, HV, K, V) if case.segments == "states" else (B, HV, K, V)
     if case.initial:
@@ -173,6 +184,7 @@ def arrays(case: Case, dtype=np.float64, seed: int = SEED) -> dict[str, np.ndarr
 def call(case: Case, x: dict, implementation: str, chunk_size: int | None = None, **options):
     """(o, final_state) of the case through the public ops; ``options`` go to the op."""
     options |= dict(
+        scale=case.scale,
         normalize_qk=case.normalize,
         initial_state=x.get("initial_state"),
         segment_ids=x.get("segment_ids"),
@@ -185,7 +197,7 @@ def call(case: Case, x: dict, implementation: str, chunk_size: int | None = None
     gate = None
     if "A_log" in x:
         bound = case.lower_bound if case.decay == "bounded" else None
-        gate = ops.Gate(x["A_log"], x["dt_bias"], lower_bound=bound)
+        gate = ops.Gate(x["A_log"], x.get("dt_bias"), lower_bound=bound)
     op = ops.gated_delta_rule if case.gate == "head" else ops.kimi_delta_attention
     return op(x["q"], x["k"], x["v"], x["g"], x["beta"], gate=gate, **options)
 

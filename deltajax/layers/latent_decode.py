@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from deltajax.layers.sharding import op_sharding
 from deltajax.ops import pallas_gpu
 from deltajax.ops.problem import vary_alike
+from deltajax.ops.refusal import in_32_bits
 from pallas_kernels.gpu.limits import CHUNK, SHARED_KEY
 
 PLATFORMS = ("cuda",)  # that programs may be lowered for with the kernel
@@ -94,7 +95,7 @@ def _attend(call: _Call, q: Array, latent: Array, length: Array) -> Array:
 
     @jax.custom_batching.custom_vmap
     def dispatched(q, latent, length):
-        branches = dict.fromkeys(call.platforms, kernel)
+        branches = dict.fromkeys(call.platforms, in_32_bits(kernel))
         return lax.platform_dependent(q, latent, length, default=call.plain, **branches)
 
     @dispatched.def_vmap

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from deltajax.ops import checks, dispatch
@@ -56,7 +57,7 @@ def delta_rule(
         final_state belongs to the whole rows and is the same on all devices.
 
     Differentiable in reverse mode in every float argument and through both results ("scan" in forward mode
-    too).
+    too, but for ``axis_name``); more than once with "scan" and "chunked": kernels have a first derivative.
 
     Returns:
       o: [B, T, HV, V] in v's dtype.
@@ -225,7 +226,7 @@ def _run(
         A_log=None if gate is None else gate.A_log,
         dt_bias=None if gate is None else gate.dt_bias,
         initial_state=initial_state,
-        segment_ids=segment_ids,
+        segment_ids=None if segment_ids is None else jnp.asarray(segment_ids, jnp.int32),
     )
     options = Options(
         gate_kind=kind,

@@ -15,6 +15,7 @@ from deltajax.ops.problem import GateKind
 
 MAX_K = 256
 MAX_V = 512
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def is_concrete(x: Any) -> bool:
@@ -23,11 +24,28 @@ def is_concrete(x: Any) -> bool:
 
 
 def check_float(name: str, x: Any) -> None:
-    """``x`` is an array of a floating dtype."""
+    """``x`` is an array of a floating dtype, and no explicit axis of a mesh splits it."""
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+    if x.dtype.name not in FLOATS:
+        raise TypeError(f"{name} must have a floating dtype ({', '.join(FLOATS)}), got {x.dtype}")
+    _split_by_the_compiler(name, x)
+
+
+def _split_by_the_compiler(name: str, x: Any) -> None:
+    """With explicit axes every intermediate array would have to say how it is split."""
+    sharding = jax.typeof(x).sharding
+    explicit = {
+        axis
+        for axis, kind in zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+        if kind == jax.sharding.AxisType.Explicit
+    }
+    used = {a for part in sharding.spec for a in (part if isinstance(part, tuple) else (part,))}
+    if used & explicit:
+        raise ValueError(
+            f"{name} is split over explicit axes of a mesh, {sharding.spec}: expected a call inside "
+            f"jax.shard_map, or a mesh whose axes are jax.sharding.AxisType.Auto"
+        )
 
 
 def check_rank(name: str, x: Any, layout: str) -> None:
@@ -73,11 +91,16 @@ def check_gate(gate: Any, kind: GateKind, HV: int, K: int) -> None:
         raise ValueError(f"gate.lower_bound must be a number < 0 or None, got {bound!r}")
 
 
-def _log_decay_values(g: Any) -> None:
-    """g > 0 would be growth: chunked forms and kernels rely on exp(G_r - G_i) <= 1, so it is refused."""
-    if not is_concrete(g):
+def _log_decay_values(g: Any, segment_ids: Any = None) -> None:
+    """g > 0 would be growth: chunked forms and kernels rely on exp(G_r - G_i) <= 1, so it is refused.
+
+    At padding anything goes.
+    """
+    if not is_concrete(g) or g.size == 0 or not (segment_ids is None or is_concrete(segment_ids)):
         return
     with jax.ensure_compile_time_eval():  # a concrete g may be closed over by a function being traced
+        if segment_ids is not None:
+            g = jnp.where((segment_ids != 0).reshape(*g.shape[:2], *(1,) * (g.ndim - 2)), g, 0)
         top = float(jnp.max(g))
     if top > 0:
         raise ValueError(f"g is a log decay and must be <= 0, got a maximum of {top:.6g}")
@@ -118,9 +141,7 @@ def check_call(
             check_shape("g", g, "B T HV", (B, T, HV))
         else:
             check_shape("g", g, "B T HV K", (B, T, HV, K))
-        if gate is None:
-            _log_decay_values(g)
-        else:
+        if gate is not None:
             check_gate(gate, kind, HV, K)
     if chunk_size is not None and not (
         isinstance(chunk_size, int | np.integer) and chunk_size >= 16 and chunk_size & (chunk_size - 1) == 0
@@ -128,6 +149,8 @@ def check_call(
         raise ValueError(f"chunk_size must be a power of two >= 16 or None, got {chunk_size!r}")
     check_scale(scale)
     check_segments(segment_ids, num_segments, B, T)
+    if kind != "none" and gate is None:
+        _log_decay_values(g, segment_ids)
     if initial_state is not None:
         check_float("initial_state", initial_state)
         if num_segments is None:
@@ -161,7 +184,7 @@ def check_segments(segment_ids: Any, num_segments: Any, B: int, T: int) -> None:
     if segment_ids is None:
         return
     check_segment_ids(segment_ids, B, T)
-    if not is_concrete(segment_ids):
+    if not is_concrete(segment_ids) or segment_ids.size == 0:
         return
     ids = np.asarray(segment_ids)
     top = np.iinfo(np.int32).max if num_segments is None else num_segments
@@ -179,8 +202,8 @@ def check_segments(segment_ids: Any, num_segments: Any, B: int, T: int) -> None:
             )
 
 
-def check_step(state: Any, q: Any, k: Any, v: Any, beta: Any, g: Any, gate: Any) -> GateKind:
-    """Checks a one-token call and returns its gate kind."""
+def check_step(state: Any, q: Any, k: Any, v: Any, beta: Any, g: Any, gate: Any) -> None:
+    """Checks a one-token call."""
     for name, x in (("state", state), ("q", q), ("k", k), ("v", v), ("beta", beta)):
         check_float(name, x)
     check_rank("q", q, "B H K")
@@ -196,7 +219,7 @@ def check_step(state: Any, q: Any, k: Any, v: Any, beta: Any, g: Any, gate: Any)
     if g is None:
         if gate is not None:
             raise ValueError("gate needs the raw gate projection g, got g=None")
-        return "none"
+        return
     check_float("g", g)
     kind: GateKind = "channel" if g.ndim == 3 else "head"
     if kind == "channel":
@@ -207,4 +230,3 @@ def check_step(state: Any, q: Any, k: Any, v: Any, beta: Any, g: Any, gate: Any)
         _log_decay_values(g)
     else:
         check_gate(gate, kind, HV, K)
-    return kind

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from deltajax.ops import chunked, context, pallas_gpu, pallas_tpu, scan
 from deltajax.ops.problem import Inputs, Options, vary_alike
-from deltajax.ops.refusal import refuse, supporting
+from deltajax.ops.refusal import in_32_bits, refuse, supporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +81,10 @@ def _run(inputs: Inputs, options: Options, implementation: str | None) -> tuple[
 
 
 def _unsupported(kernel: Kernel, inputs: Inputs, options: Options) -> str | None:
-    if options.axis_name is not None and not kernel.spreads(options):
-        inputs = context.extended_shapes(inputs, options)
-    return kernel.unsupported(inputs, options)
+    if options.axis_name is None or kernel.spreads(options):
+        return kernel.unsupported(inputs, options)
+    reason = kernel.unsupported(context.extended_shapes(inputs, options), options)
+    return reason and f"with axis_name, where the kernel's V is V + K: {reason}"
 
 
 def _halves(platform: str | None, options: Options) -> Kernel:
@@ -167,9 +168,13 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
         default = lambda inputs, *args: branch(None)(  # noqa: E731
             inputs._replace(q=refuse(inputs.q, platforms, "call")), *args
         )
-    return lax.platform_dependent(inputs, *args, default=default, **{p: branch(p) for p in platforms})
+    return lax.platform_dependent(
+        inputs, *args, default=default, **{p: in_32_bits(branch(p)) for p in platforms}
+    )
 
 
 def _saved_shapes(kernel: Kernel, inputs: Inputs, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     saving = kernel.saving
-    return () if saving is None else jax.eval_shape(lambda inputs: saving(inputs, options)[2], inputs)
+    if saving is None:
+        return ()
+    return jax.eval_shape(in_32_bits(lambda inputs: saving(inputs, options)[2]), inputs)

@@ -24,6 +24,10 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
     dtypes = {x.dtype for x in (inputs.q, inputs.k, inputs.v)}
     if len(dtypes) != 1 or not dtypes <= set(HALF):
         return f"q, k and v must be all bfloat16 or all float16, got {', '.join(sorted(map(str, dtypes)))}"
+    for name in ("g", "beta", "A_log", "dt_bias", "initial_state"):
+        x = getattr(inputs, name)
+        if x is not None and x.dtype == jnp.float64:
+            return f"{name} must not be float64"
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size is {CHUNK}, got {options.chunk_size}"
     return other_gpu()

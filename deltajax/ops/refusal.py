@@ -1,7 +1,10 @@
 """What becomes of a call for which kernels were asked: platforms that have one, errors for the others."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
@@ -27,6 +30,20 @@ def supporting(reasons: Mapping[str, str | None], *, asked: bool, what: str) -> 
         why = "; ".join(f"{p}: {reason}" for p, reason in reasons.items()) or "no platform has one yet"
         raise NotImplementedError(f"implementation='pallas' has no kernel for this {what} ({why})")
     return platforms
+
+
+def in_32_bits(branch: Callable[..., Any]) -> Callable[..., Any]:
+    """A branch for a kernel, traced as without ``jax_enable_x64``: kernels count in int32.
+
+    Its arguments are none of 64 bits: kernels take no others.
+    """
+
+    @functools.wraps(branch)
+    def run(*args: Any) -> Any:
+        with jax.enable_x64(False):
+            return branch(*args)
+
+    return run
 
 
 def refuse(x: Array, platforms: tuple[str, ...], what: str) -> Array:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from deltajax.ops import checks, gates, step_kernels
 from deltajax.ops.gates import Gate
 from deltajax.ops.problem import l2_normalize, vary_alike
-from deltajax.ops.refusal import refuse, supporting
+from deltajax.ops.refusal import in_32_bits, refuse, supporting
 from deltajax.ops.scan import decay_of, delta_update
 from deltajax.ops.step_kernels import StepInputs, StepOptions
 
@@ -111,7 +111,7 @@ def _by_platform(
 
     @step_kernels.vmapped_as_one
     def dispatched(inputs):
-        return lax.platform_dependent(inputs, default=plain, **{p: kernel(p) for p in platforms})
+        return lax.platform_dependent(inputs, default=plain, **{p: in_32_bits(kernel(p)) for p in platforms})
 
     return dispatched(inputs)
 

@@ -66,8 +66,8 @@ def interpreted_products(monkeypatch):
     monkeypatch.setattr(rowwise, "pick_level", lambda xs, level: tuple(keep_level(x, level[0]) for x in xs))
 
 
-def captured(case, x, monkeypatch):
-    """The `Inputs` and `Options` of a call of the public op."""
+def captured(case, x, monkeypatch, **call):
+    """The `Inputs` and `Options` of a call of the public op, with these options."""
     seen = []
 
     def run(inputs, options, implementation):
@@ -76,5 +76,5 @@ def captured(case, x, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "run", run)
-        cases.call(case, {n: jnp.asarray(a) for n, a in x.items()}, "pallas")
+        cases.call(case, {n: jnp.asarray(a) for n, a in x.items()}, "pallas", **call)
     return seen[0]

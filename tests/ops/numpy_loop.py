@@ -11,6 +11,7 @@ def delta_rule(case, x: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     ids = x.get("segment_ids", np.ones((B, T), int))
     per_segment = case.segments == "states"
     shape = x["dstate"].shape
+    scale = K**-0.5 if case.scale is None else case.scale
     initial = np.asarray(x.get("initial_state", np.zeros(shape)), np.float64)
     o, final = np.zeros((B, T, HV, V)), initial.copy()
     for b in range(B):
@@ -32,16 +33,16 @@ def delta_rule(case, x: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
                 if case.gate != "none":
                     g = np.asarray(x["g"][b, t, h], np.float64)
                     if "A_log" in x:
-                        g = g + x["dt_bias"][h]
+                        g = g + (x["dt_bias"][h] if "dt_bias" in x else 0)
                         rate = np.exp(x["A_log"][h])
                         g = (
-                            -5 / (1 + np.exp(-rate * g))
+                            case.lower_bound / (1 + np.exp(-rate * g))
                             if case.decay == "bounded"
                             else -rate * np.logaddexp(0, g)
                         )
                     S = (np.exp(g) if case.gate == "head" else np.exp(g)[:, None]) * S
                 S = S + np.outer(kt, beta[b, t, h] * (v[b, t, h] - S.T @ kt))
-                o[b, t, h] = K**-0.5 * (S.T @ qt)
+                o[b, t, h] = scale * (S.T @ qt)
                 if per_segment:
                     final[b, n - 1, h] = S
             if not per_segment:

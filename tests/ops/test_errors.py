@@ -22,7 +22,7 @@ COMMON = {
     r"v must have shape .* got \(2, 4, 4, 6\)": dict(v=ones(B, T - 1, HV, V)),
     r"multiple of q's H = 2 heads .* got HV = 3": dict(v=ones(B, T, 3, V)),
     r"beta must have shape \[B, T, HV\] = \(2, 5, 4\), got \(2, 5, 2\)": dict(beta=ones(B, T, H)),
-    r"q must have a floating dtype, got int32": dict(q=np.ones((B, T, H, K), np.int32)),
+    r"q must have a floating dtype \(.*\), got int32": dict(q=np.ones((B, T, H, K), np.int32)),
     r"k must be an array, got list": dict(k=[1.0]),
     r"at least one token": dict(
         q=ones(B, 0, H, K), k=ones(B, 0, H, K), v=ones(B, 0, HV, V), beta=ones(B, 0, HV)
@@ -79,7 +79,7 @@ def test_pallas_is_refused_where_no_platform_has_a_kernel(monkeypatch):
 GATE = ops.Gate(ones(HV), ones(HV))
 GATED = {
     r"g must have shape \[B, T, HV\] = \(2, 5, 4\), got \(2, 5, 4, 8\)": dict(g=-ones(B, T, HV, K)),
-    r"g must have a floating dtype, got int32": dict(g=-np.ones((B, T, HV), np.int32)),
+    r"g must have a floating dtype \(.*\), got int32": dict(g=-np.ones((B, T, HV), np.int32)),
     r"g is a log decay and must be <= 0, got a maximum of 0.5": dict(g=0.5 * ones(B, T, HV)),
     r"gate must be a deltajax.ops.Gate, got tuple": dict(gate=(ones(HV), ones(HV))),
     r"gate.A_log must have shape \[HV\] = \(4,\), got \(2,\)": dict(gate=ops.Gate(ones(H))),
@@ -116,6 +116,29 @@ def test_positive_log_decay_is_refused_where_visible_and_the_callers_promise_und
         ops.delta_rule_step(
             ones(B, HV, K, V), *(a[:, 0] for a in (x["q"], x["k"], x["v"], x["beta"])), args[3][:, 0]
         )
+
+
+def test_a_log_decay_at_padding_may_be_anything():
+    x = good()
+    g = np.where(np.arange(T)[:, None] < 2, 1.0, -1.0) * ones(B, T, HV)
+    ids = np.array([[0, 0, 1, 1, 2]] * B)
+    o, _ = ops.gated_delta_rule(x["q"], x["k"], x["v"], g, x["beta"], segment_ids=ids)
+    assert np.isfinite(o).all()
+    with pytest.raises(ValueError, match="g is a log decay"):
+        ops.gated_delta_rule(x["q"], x["k"], x["v"], -g, x["beta"], segment_ids=ids)
+
+
+def test_arrays_split_over_explicit_axes_are_named():
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rows = jax.NamedSharding(mesh, jax.P("rows"))
+    x = {name: jax.device_put(a, rows) for name, a in good().items()}
+    for run in (call, jax.jit(call)):
+        with pytest.raises(ValueError, match=r"q is split over explicit axes of a mesh, .*'rows'"):
+            run(x)
+    with pytest.raises(ValueError, match="x is split over explicit axes"):
+        ops.short_convolution(jax.device_put(ones(B, T, K), rows), ones(K, 4))
+    inside = jax.shard_map(call, mesh=mesh, in_specs=(jax.P("rows"),), out_specs=jax.P("rows"))
+    np.testing.assert_allclose(inside(x)[0], call(good())[0], atol=1e-6)
 
 
 STEP = {

@@ -149,6 +149,27 @@ def test_ops_lower_for_tpu_and_cuda_on_this_machine(x):
         assert "stablehlo.dot_general" in lowered_text(x, None, platform)
 
 
+def test_kernels_lower_under_x64_too():
+    """Indices are then of 64 bits where nobody says otherwise, and so are ids."""
+    case = Case("channel", T=70, K=64, V=64, decay="bounded", segments="packed", bias=False)
+    with jax.enable_x64(True):
+        x = {n: jnp.asarray(a) for n, a in cases.arrays(case, jnp.bfloat16).items()}
+        x["segment_ids"] = x["segment_ids"].astype(np.int64)
+        both = jax.jit(lambda x: cases.with_gradients(lambda x: cases.call(case, x, None), x))
+        text = both.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+        assert "channel_gradients" in text and "delta_walk_back" in text
+        # Kernels refuse numbers of 64 bits: then the chunked form runs everywhere, with a state as wide.
+        x["beta"] = x["beta"].astype(np.float64)
+        assert jax.eval_shape(both, x)["final_state"].dtype == np.float64
+
+        q, k, v = (x[n][:, 0] for n in "qkv")
+        state, beta = jnp.zeros((1, 1, 64, 64), jnp.float32), jnp.ones((1, 1), jnp.float32)
+        step = jax.jit(lambda *args: ops.delta_rule_step(*args))
+        step.trace(state, q, k, v, beta).lower(lowering_platforms=("cuda",))
+        taps = jax.jit(lambda x, w: ops.short_convolution(x, w)[0])
+        taps.trace(x["q"][:, :, 0], jnp.ones((64, 4), jnp.float32)).lower(lowering_platforms=("cuda",))
+
+
 def test_importing_the_ops_starts_no_backend():
     import subprocess
     import sys
