@@ -92,8 +92,8 @@ def stream(
     """`generate`, a step at a time: the same tokens, each as soon as it is known.
 
     Ends when every row has finished, after `max_new_tokens`, or when the longest row's caches are full. Those
-    of full and latent attention grow as needed, by doubling, so that few programs are compiled, to as many slots
-    as will be filled at most.
+    of full and latent attention grow as needed, by doubling, so that few programs are compiled, but to no
+    more slots than will be filled.
 
     Args:
       model, prompt_tokens: as in `generate`, and so are the arguments not named here.
