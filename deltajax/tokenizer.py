@@ -67,6 +67,7 @@ class FileTokenizer:
     Attributes:
         json: the file's bytes.
         eos_token: as given.
+        eos_name: the token of `eos_id`; None where that is a new id.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -93,6 +94,7 @@ class FileTokenizer:
         if eos_token is not None and not found:
             raise UnknownTokenError(f"{path}: no token {eos_token!r} in the vocabulary")
         self.eos_id: int = found[0] if found else size
+        self.eos_name: str | None = self._tokenizer.id_to_token(self.eos_id)
         self.vocab_size: int = max(size, self.eos_id + 1)
         self.fingerprint = f"{hashlib.sha256(self.json).hexdigest()[:16]}-eos{self.eos_id}"
 

@@ -1,5 +1,6 @@
 """`python -m deltajax.models.convert SRC DST`: a Hugging Face directory to our file of weights, or back."""
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def _main(args: Sequence[str] | None) -> int:
         """a directory with config.json and safetensors, or a FILE.safetensors that python -m train.export or
         this command wrote"""
         dst: Annotated[Path, tyro.conf.Positional]
-        """FILE.safetensors for a directory; a new directory for a file"""
+        """a new FILE.safetensors for a directory; a new directory for a file"""
 
     options = tyro.cli(Options, prog="python -m deltajax.models.convert", args=args)
     try:
@@ -50,13 +51,14 @@ def _from_hf(src: Path, dst: Path) -> None:
 
     if dst.suffix != ".safetensors" or not dst.parent.is_dir():
         raise ValueError(f"argument DST: must be FILE.safetensors in a directory that exists, got {dst}")
+    for file in (dst, config_path(dst), tokenizer_path(dst)):
+        if file.exists():
+            raise FileExistsError(f"argument DST: {file} is there; expected the name of a new file")
     about = _tokenizer(src)
     model = load_pretrained(src)
     save_weights(dst, nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.config, **about)
     if about:
         shutil.copyfile(src / "tokenizer.json", tokenizer_path(dst))
-    else:
-        tokenizer_path(dst).unlink(missing_ok=True)
     print(f"{dst}: {', '.join(sorted(set(model.config.layers)))} layers; {config_path(dst)}")
     given = "" if about else " --tokenizer FILE"
     print(f'to generate: python -m deltajax.generate --model {dst}{given} --prompt "..."')
@@ -65,13 +67,21 @@ def _from_hf(src: Path, dst: Path) -> None:
 def _to_hf(src: Path, dst: Path) -> None:
     from deltajax.models import load_weights
     from deltajax.models.huggingface import save_pretrained
-    from deltajax.models.weights import tokenizer_path
+    from deltajax.models.weights import read_about, tokenizer_path
+    from deltajax.tokenizer import FileTokenizer
 
     if dst.suffix == ".safetensors":
         raise ValueError(f"argument DST: must be a new directory, got {dst}")
-    save_pretrained(load_weights(src), dst)
+    model, tokenizer, eos = load_weights(src), None, None
     if tokenizer_path(src).is_file():
-        shutil.copyfile(tokenizer_path(src), dst / "tokenizer.json")
+        tokenizer = FileTokenizer(tokenizer_path(src), read_about(src).get("eos_token"))
+        eos = tokenizer.eos_id if tokenizer.eos_id < model.config.vocab_size else None
+    save_pretrained(model, dst, eos_token_id=eos)
+    if tokenizer is not None:
+        (dst / "tokenizer.json").write_bytes(tokenizer.json)
+        if tokenizer.eos_name is not None:
+            fields = {"eos_token": tokenizer.eos_name}
+            (dst / "tokenizer_config.json").write_text(json.dumps(fields, indent=2) + "\n")
     print(f"{dst}: a model in Hugging Face's form")
 
 

@@ -6,6 +6,7 @@ layers for its scans.
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def _names(where: Any, config: ModelConfig) -> Iterator[tuple[str, int | None]]:
 
 
 def _replace(path: Path, write: Any) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    write(scratch)
-    os.replace(scratch, path)
+    # In a directory of its own, so that no other file has the name and the mode is a new file's.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        write(Path(scratch) / path.name)
+        os.replace(Path(scratch) / path.name, path)

@@ -47,7 +47,9 @@ def test_there_and_back(checkpoint, tmp_path, capsys):
     assert texts[0] == texts[1] and texts[0].startswith("a b")
     assert run(capsys, ours, back)[0] == 0
     assert (back / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
-    assert (back / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
+    config = json.loads((checkpoint / "config.json").read_text()) | {"eos_token_id": 2}
+    assert json.loads((back / "config.json").read_text()) == config
+    assert json.loads((back / "tokenizer_config.json").read_text()) == {"eos_token": "[end]"}
     assert (back / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
     again = load_file(back / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again, load_file(checkpoint / "model.safetensors"))
@@ -61,7 +63,9 @@ def test_without_a_tokenizer_it_says_so(checkpoint, tmp_path, capsys):
     status, out, err = run(capsys, bare, tmp_path / "m.safetensors")
     assert status == 0 and "no tokenizer.json" in err and "--tokenizer FILE" in out
     (bare / "tokenizer.json").write_text("{}")
-    assert "converted without the tokenizer" in run(capsys, bare, tmp_path / "m.safetensors")[2]
+    assert "converted without the tokenizer" in run(capsys, bare, tmp_path / "n.safetensors")[2]
+    assert run(capsys, tmp_path / "n.safetensors", tmp_path / "back")[0] == 0
+    assert not list((tmp_path / "back").glob("tokenizer*"))
 
 
 def test_wrong_paths_are_named(checkpoint, tmp_path, capsys):
@@ -78,3 +82,11 @@ def test_wrong_paths_are_named(checkpoint, tmp_path, capsys):
     assert run(capsys, checkpoint, ours)[0] == 0
     status, _, err = run(capsys, ours, checkpoint)
     assert status == 2 and "an empty directory" in err
+
+
+@pytest.mark.parametrize("there", ["model.safetensors", "model.json", "model.tokenizer.json"])
+def test_files_that_are_there_are_kept(there, checkpoint, tmp_path, capsys):
+    (tmp_path / there).write_text("mine")
+    status, _, err = run(capsys, checkpoint, tmp_path / "model.safetensors")
+    assert status == 2 and f"argument DST: {tmp_path / there} is there" in err
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(there, "mine")]

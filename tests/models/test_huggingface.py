@@ -415,3 +415,17 @@ def test_what_is_there_is_not_overwritten(saved, tmp_path):
     with pytest.raises(FileExistsError, match="an empty directory"):
         save_pretrained(model_of("kda"), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    (tmp_path / "m.tmp").mkdir()
+    (tmp_path / "m.tmp" / "x").write_text("mine")
+    (tmp_path / "m").mkdir()
+    save_pretrained(model_of("kda"), tmp_path / "m", eos_token_id=7)
+    assert (tmp_path / "m.tmp" / "x").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "m.tmp", "x"]
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "m.tmp").stat().st_mode
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["eos_token_id"] == 7
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"path='\.': expected another directory than the working one"):
+        save_pretrained(model_of("kda"), ".")

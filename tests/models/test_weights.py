@@ -24,7 +24,14 @@ def model():
 
 def test_a_model_comes_back_bit_for_bit(model, tmp_path):
     path = tmp_path / "m.safetensors"
+    others = [tmp_path / "m.safetensors.tmp", tmp_path / "m.json.tmp"]
+    for other in others:
+        other.write_text("another's")
     save_weights(path, params_of(model), CONFIG, step="12")
+    assert [other.read_text() for other in others] == ["another's"] * 2
+    for other in others:
+        assert config_path(path).stat().st_mode == other.stat().st_mode
+        other.unlink()
     back = load_weights(path)
     assert back.config == CONFIG
     jax.tree.map(np.testing.assert_array_equal, params_of(back), params_of(model))

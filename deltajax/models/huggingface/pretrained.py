@@ -2,7 +2,7 @@
 
 import functools
 import json
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +66,13 @@ def load_pretrained(path: str | Path, *, place: Place | None = None, **changes: 
     return nnx.merge(graph, state)
 
 
-def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+def save_pretrained(
+    model: LanguageModel,
+    path: str | Path,
+    *,
+    eos_token_id: int | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
     """Writes a model as `config.json` and safetensors in Hugging Face's form, whole or not at all.
 
     The same weights give the same bytes. Host memory holds the tensors of one file.
@@ -75,26 +81,27 @@ def save_pretrained(model: LanguageModel, path: str | Path, *, max_shard_bytes: 
       model: of an architecture that has that form: flash-linear-attention's `delta_net`, `gated_deltanet` and
         `kda` (with their attention hybrids), `kimi_linear`, `qwen3_next`,
         `qwen3_5_text`, `olmo_hybrid`.
-      path: the directory, which must not exist, or be empty.
+      path: the directory, which must not exist, or be empty (another one takes its place).
+      eos_token_id: of the tokenizer, for `config.json`: the id that ends a document.
       max_shard_bytes: of one file, unless a tensor alone is larger.
 
     Raises:
       FileExistsError: there is something.
-      ValueError: another architecture; the message says what does not fit.
+      ValueError: another architecture, the message says what does not fit; or the working directory.
     """
-    path = Path(path)
-    fields = to_hf(model.config)
+    given, path = path, Path(path).resolve()
+    fields = to_hf(model.config) | dict(eos_token_id=eos_token_id)
+    if path == Path.cwd():
+        raise ValueError(f"path={str(given)!r}: expected another directory than the working one")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: expected no such path, or an empty directory")
-    scratch = path.with_name(path.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        write(scratch, list(_pending(model, fields["model_type"])), max_shard_bytes)
-        (scratch / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-        scratch.replace(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        new = Path(scratch) / path.name  # the directory around it is closed to others
+        new.mkdir()
+        write(new, list(_pending(model, fields["model_type"])), max_shard_bytes)
+        (new / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        new.replace(path)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
