@@ -66,7 +66,8 @@ def _evaluate(options, processes: "Processes") -> int:
     saved = open_saved(options.run_dir, options.step)
     config, rules = saved.options, ShardingRules()
     if options.files:
-        held_out, tokenizer = load_held_out(options.files, config.data)
+        own = saved.config["corpus"]["tokenizer"]
+        held_out, tokenizer = load_held_out(options.files, config.data, own)
         batches = options.batches or sys.maxsize
     else:
         data = load_data(config.data)

@@ -73,8 +73,9 @@ def _tokenizer(saved: "Saved", out: Path) -> dict[str, str]:
     from train.mixture import tokenizer_of
 
     try:
-        tokenizer = tokenizer_of(saved.options.data)
-        if tokenizer.fingerprint != saved.config["corpus"]["tokenizer"]:
+        own = saved.config["corpus"]["tokenizer"]
+        tokenizer = tokenizer_of(saved.options.data, own)
+        if tokenizer.fingerprint != own:
             raise ConfigError("it is no more the one that the run was trained with")
     except (ConfigError, DataError) as error:
         print(f"warning: exported without the tokenizer: {error}", file=sys.stderr)

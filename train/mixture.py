@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deltajax.tokenizer import Tokenizer
+from deltajax.tokenizer import ByteTokenizer, Tokenizer
 from train.config import ConfigError, DataConfig
 from train.corpus import Corpus, Store, TokenStore, load_corpus, tokenize
 from train.documents import BadData, DataError, expand, read_documents
@@ -175,8 +175,13 @@ def load_data(config: DataConfig) -> Data:
     return Data(tokenizer, Mixture(tuple(train)), Mixture(tuple(held_out)), " + ".join(fingerprints), bad)
 
 
-def load_held_out(files: Sequence[str], config: DataConfig) -> tuple[Mixture, Tokenizer]:
+def load_held_out(files: Sequence[str], config: DataConfig, fingerprint: str) -> tuple[Mixture, Tokenizer]:
     """Other text than `config.files`, to evaluate on: whole files, and what prepared directories hold out.
+
+    Args:
+        files: paths or globs.
+        config: the run's.
+        fingerprint: of the run's tokenizer.
 
     Returns:
         The text as one source, and the tokenizer of `config`.
@@ -185,7 +190,7 @@ def load_held_out(files: Sequence[str], config: DataConfig) -> tuple[Mixture, To
         ConfigError: a tokenizer that is no more what it was.
         DataError: no text, or text that cannot be used.
     """
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_of(config, fingerprint)
     names, bad = expand(files), BadData(config.on_error)
     texts = [name for name in names if not Path(name).is_dir()]
     stores: list[Store] = [
@@ -201,12 +206,20 @@ def load_held_out(files: Sequence[str], config: DataConfig) -> tuple[Mixture, To
     return mixture, tokenizer
 
 
-def tokenizer_of(config: DataConfig) -> Tokenizer:
-    """The tokenizer of a run's data.
+def tokenizer_of(config: DataConfig, fingerprint: str) -> Tokenizer:
+    """The tokenizer of a run's data, which need not be there any more unless it alone has the tokenizer.
+
+    Args:
+        config: the run's.
+        fingerprint: of its tokenizer, as it was saved; the one returned may be another where a file changed.
 
     Raises:
         ConfigError: options that are wrong; DataError: a tokenizer that is no more what it was.
     """
+    if config.tokenizer is not None or config.eos_token is not None:
+        return _tokenizer(config, ())
+    if fingerprint == ByteTokenizer.fingerprint:
+        return ByteTokenizer()
     return _tokenizer(config, [name for patterns, _ in weighted(config.files) for name in expand(patterns)])
 
 

@@ -19,8 +19,10 @@ from tests.train.test_train_checkpoint import damage
 from tests.train.train_common import TINY, write_text
 from train import evaluate, export
 from train.__main__ import main
-from train.config import SampleConfig
+from train.config import DataConfig, SampleConfig
+from train.documents import DataError
 from train.metrics import read_metrics
+from train.mixture import tokenizer_of
 from train.sample import sample_text
 from train.saved import open_saved
 
@@ -162,3 +164,13 @@ def test_options_that_cannot_work_are_named(finished, tmp_path, capsys):
         assert expected in capsys.readouterr().err
     assert export.main([str(finished), "--out", str(tmp_path / "w.bin")]) == 2
     assert "argument --out: must be FILE.safetensors" in capsys.readouterr().err
+
+
+def test_the_tokenizer_of_a_run_does_without_its_text_where_it_can(tmp_path):
+    gone = (str(tmp_path / "gone.jsonl"),)
+    assert isinstance(tokenizer_of(DataConfig(gone), "bytes"), ByteTokenizer)
+    given = FileTokenizer(write_tokenizer(tmp_path / "words.json"), "end")
+    config = DataConfig(gone, tokenizer=str(tmp_path / "words.json"), eos_token="end")
+    assert tokenizer_of(config, given.fingerprint).fingerprint == given.fingerprint
+    with pytest.raises(DataError, match=r"data file not found: .*gone"):  # a prepared directory had it
+        tokenizer_of(DataConfig(gone), given.fingerprint)

@@ -117,8 +117,9 @@ class PreferenceRun(Run):
         processes: Processes,
     ) -> "PreferenceRun":
         """Reads the pairs and traces the model; makes no arrays and writes nothing."""
-        tokenizer = tokenizer_of(saved.options.data)
-        if tokenizer.fingerprint != saved.config["corpus"]["tokenizer"]:
+        own = saved.config["corpus"]["tokenizer"]
+        tokenizer = tokenizer_of(saved.options.data, own)
+        if tokenizer.fingerprint != own:
             raise ConfigError(f"the tokenizer of {options.base} is no more the one it was trained with")
         bad = BadData(options.data.on_error)
         pairs = read_pairs(options.data.files, tokenizer, bad)
