@@ -20,6 +20,10 @@ METADATA = "dataset.json"  # what makes a directory a prepared one; written last
 _STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _PARQUET_ROWS = 256  # read at a time
 _EXAMPLES = 3  # of skipped data, shown
+_NOT_TEXT = frozenset(
+    ".7z .arrow .bz2 .feather .gz .json .lz4 .ndjson .npy .npz .pdf .tar .tgz .xz .zip .zst".split()
+)
+_SNIFFED = 2**16  # bytes of a text file that are looked at first
 
 
 class DataError(ValueError):
@@ -129,22 +133,26 @@ def read_documents(
     """Documents of text files (one each), of .jsonl files (one per line) and .parquet files (one per row).
 
     Args:
-        names: files; .jsonl and .parquet are told by their names.
+        names: files; .jsonl and .parquet are told by their names, and so are some kinds that are not text.
         text_field: the field of each JSON object, or the column, that holds the text.
-        bad: is told of empty and unreadable files, and of lines and rows without text.
+        bad: is told of empty and unreadable files, of those that are not text, and of lines and rows without.
         max_text_bytes: longer text files are cut at line ends into documents of about this size, named
             `file:byte offset`; None reads them whole.
         progress: is told how many bytes of the files were consumed.
     """
     for name in names:
         try:
-            size = Path(name).stat().st_size
+            size, suffix = Path(name).stat().st_size, Path(name).suffix.lower()
             if size == 0:
                 bad.found(f"data file is empty: {name}")
-            elif name.endswith(".jsonl"):
+            elif suffix == ".jsonl":
                 yield from _json_lines(name, text_field, bad, progress)
-            elif name.endswith(".parquet"):
+            elif suffix == ".parquet":
                 yield from _parquet_rows(name, text_field, bad, progress)
+            elif why := _not_text(name, suffix):
+                bad.found(
+                    f"{name}: {why}; --data.files (--files of train.prepare) takes text, .jsonl and .parquet"
+                )
             elif max_text_bytes is None or size <= max_text_bytes:
                 yield Document(name, Path(name).read_bytes())
                 progress(size)
@@ -152,6 +160,14 @@ def read_documents(
                 yield from _text_parts(name, max_text_bytes, progress)
         except OSError as error:
             bad.found(f"{name}: cannot be read ({error.strerror})", error)
+
+
+def _not_text(name: str, suffix: str) -> str | None:
+    """Why a file is not taken for text, None if it is."""
+    if suffix in _NOT_TEXT:
+        return f"a {suffix} file is not read"
+    with open(name, "rb") as file:
+        return "not text, as it has NUL bytes" if b"\0" in file.read(_SNIFFED) else None
 
 
 def _text_parts(name: str, size: int, progress: Callable[[int], object]) -> Iterator[Document]:

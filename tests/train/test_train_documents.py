@@ -49,6 +49,26 @@ def test_empty_file_is_named(tmp_path):
         load(tmp_path / "empty.txt")
 
 
+@pytest.mark.parametrize(
+    "name,why",
+    [
+        ("a.jsonl.gz", "a .gz file"),
+        ("a.JSON", "a .json file"),
+        ("a.txt.zst", "a .zst file"),
+        ("a.txt", "not text, as it has NUL"),
+    ],
+)
+def test_what_is_not_text_is_named_or_passed_over(tmp_path, name, why):
+    (tmp_path / name).write_bytes(b"ab\0cd")
+    with pytest.raises(DataError, match=rf"{name}: {why}.*--data\.files"):
+        load(tmp_path / name)
+    assert not read(tmp_path / name, bad=(bad := BadData("skip"))) and bad.count == 1
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    assert len(read(write_text(tmp_path / "A.JSONL", documents=3))) == 3
+
+
 def test_file_without_documents_is_named(tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match=r"no documents in .*blank\.jsonl"):

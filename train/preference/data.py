@@ -46,7 +46,7 @@ def read_pairs(patterns: Sequence[str], tokenizer: Tokenizer, bad: BadData | Non
     bad = bad or BadData()
     pairs = []
     for name in expand(patterns):
-        if not name.endswith(".jsonl"):
+        if not name.lower().endswith(".jsonl"):
             raise DataError(f"{name}: expected a .jsonl file of pairs")
         for where, record in json_records(name, bad):
             given = record if isinstance(record, dict) else {}
