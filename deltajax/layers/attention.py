@@ -70,7 +70,7 @@ class Attention(nnx.Module):
       rngs: parameter randomness.
 
     Raises:
-      ValueError: on sizes that do not fit together, naming the argument.
+      ValueError: on sizes that do not fit together, or another implementation, naming the argument.
     """
 
     def __init__(
@@ -95,6 +95,11 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name}={size}: expected a positive integer")
+        if implementation not in ("xla", "cudnn", None):
+            raise ValueError(f"implementation={implementation!r}: expected 'xla', 'cudnn' or None")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads}: expected a divisor of num_heads={num_heads}")
         if head_dim is None:

@@ -91,6 +91,7 @@ class DeltaLayer(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
+        check_sizes(num_heads=num_heads, num_v_heads=num_v_heads, head_dim=head_dim, head_v_dim=head_v_dim)
         if num_v_heads % num_heads:
             raise ValueError(f"num_v_heads={num_v_heads}: expected a multiple of num_heads={num_heads}")
         if conv_size < 2:
@@ -287,6 +288,13 @@ class DeltaLayer(nnx.Module):
         if activation is None:
             return RMSNorm(self.head_v_dim, **options)
         return GatedRMSNorm(self.head_v_dim, activation=activation, **options)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError naming an argument that is no positive number."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: expected a positive integer")
 
 
 def value_head_size(head_dim: int, head_v_dim: int | None, expand_v: float) -> int:

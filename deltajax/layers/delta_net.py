@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from deltajax.layers.delta_base import DeltaLayer, value_head_size
+from deltajax.layers.delta_base import DeltaLayer, check_sizes, value_head_size
 from deltajax.layers.parameters import INITIALIZER_RANGE
 from deltajax.ops import delta_rule
 
@@ -60,6 +60,7 @@ class DeltaNet(DeltaLayer):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_sizes(num_heads=num_heads)
         if head_dim is None:
             if hidden_size % num_heads:
                 raise ValueError(f"hidden_size={hidden_size}: expected a multiple of num_heads={num_heads}")

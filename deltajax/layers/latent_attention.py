@@ -72,7 +72,8 @@ class LatentAttention(nnx.Module):
       rngs: parameter randomness.
 
     Raises:
-      ValueError: on a size that is not a positive integer, or an odd `qk_rope_head_dim` with `rope_theta`.
+      ValueError: on a size that is not a positive integer, an odd `qk_rope_head_dim` with `rope_theta`, or
+        another implementation.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class LatentAttention(nnx.Module):
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r}: expected a positive integer")
+        if implementation not in ("xla", "cudnn", None):
+            raise ValueError(f"implementation={implementation!r}: expected 'xla', 'cudnn' or None")
         if rope_theta is not None and qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={qk_rope_head_dim}: expected an even size, to be rotated")
         self.num_heads = num_heads

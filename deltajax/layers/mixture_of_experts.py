@@ -68,6 +68,8 @@ class MixtureOfExperts(nnx.Module):
         implementation: Literal["pallas"] | None = None,
         rngs: nnx.Rngs,
     ):
+        if intermediate_size < 1:
+            raise ValueError(f"intermediate_size={intermediate_size}: expected a positive integer")
         if not 1 <= experts_per_token <= num_experts:
             raise ValueError(
                 f"experts_per_token={experts_per_token}: expected 1 to num_experts={num_experts}"

@@ -167,6 +167,13 @@ def test_rotary_products_depend_on_distance_only():
     ("options", "message"),
     [
         (dict(num_heads=4, num_kv_heads=3), r"num_kv_heads=3: expected a divisor of num_heads=4"),
+        (dict(num_heads=0), r"num_heads=0: expected a positive integer"),
+        (dict(num_heads=4, num_kv_heads=0), r"num_kv_heads=0: expected a positive integer"),
+        (dict(num_heads=4, head_dim=0), r"head_dim=0: expected a positive integer"),
+        (
+            dict(num_heads=4, implementation="flash"),
+            r"implementation='flash': expected 'xla', 'cudnn' or None",
+        ),
         (dict(num_heads=3), r"hidden_size=16: expected a multiple of num_heads=3"),
         (dict(num_heads=4, window_size=0), r"window_size=0: expected at least 1"),
         (dict(num_heads=4, head_dim=3), r"size=3: expected an even"),

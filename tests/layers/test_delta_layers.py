@@ -94,6 +94,10 @@ def test_kernels_and_taps_start_at_the_initializer_range_and_each_draws_its_own(
     ("cls", "options", "message"),
     [
         (DeltaNet, dict(hidden_size=10), r"hidden_size=10: expected a multiple of num_heads=4"),
+        (DeltaNet, dict(num_heads=0), r"num_heads=0: expected a positive integer"),
+        (GatedDeltaNet, dict(num_heads=0), r"num_heads=0: expected a positive integer"),
+        (KimiDeltaAttention, dict(num_v_heads=0), r"num_v_heads=0: expected a positive integer"),
+        (DeltaNet, dict(head_v_dim=0), r"head_v_dim=0: expected a positive integer"),
         (DeltaNet, dict(num_v_heads=6), r"num_v_heads=6: expected a multiple of num_heads=4"),
         (DeltaNet, dict(conv_size=1), r"conv_size=1: expected at least 2"),
         (GatedDeltaNet, dict(head_dim=5, expand_v=1.5), r"expand_v=1.5: expected .* to be whole"),

@@ -173,6 +173,7 @@ def test_bfloat16_stays_near_float32_in_both_forms():
         (dict(num_heads=2.0), "num_heads=2.0: expected a positive integer"),
         (dict(qk_nope_head_dim=None), "qk_nope_head_dim=None: expected a positive integer"),
         (dict(v_head_dim=True), "v_head_dim=True: expected a positive integer"),
+        (dict(implementation="flash"), "implementation='flash': expected 'xla', 'cudnn' or None"),
         (dict(qk_rope_head_dim=3), "qk_rope_head_dim=3: expected an even size"),
         (dict(rope_theta=-1.0), "theta=-1.0: expected a positive"),
     ],

@@ -19,10 +19,8 @@ IDS = np.array([[3] * 3 + [1] * 4 + [0] * 2, [0] + [5] * 8])
 
 
 def build(form, **options):
-    options = dict(experts_per_token=J) | FORMS[form] | options
-    layer = MixtureOfExperts(
-        hidden_size=D, intermediate_size=F, num_experts=E, initializer_range=0.5, rngs=nnx.Rngs(1), **options
-    )
+    options = dict(intermediate_size=F, experts_per_token=J) | FORMS[form] | options
+    layer = MixtureOfExperts(hidden_size=D, num_experts=E, initializer_range=0.5, rngs=nnx.Rngs(1), **options)
     if layer.correction_bias is not None:
         layer.correction_bias[...] = jnp.linspace(-0.4, 0.4, E)
     return layer
@@ -163,6 +161,7 @@ def test_bfloat16_compute_stays_near_float32_and_routes_in_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (dict(intermediate_size=0), "intermediate_size=0: expected a positive integer"),
         (dict(experts_per_token=6), "experts_per_token=6: expected 1 to num_experts=5"),
         (dict(experts_per_token=0), "experts_per_token=0: expected 1 to num_experts=5"),
         (dict(router="tanh"), "router='tanh': expected 'softmax' or 'sigmoid'"),
