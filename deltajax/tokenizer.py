@@ -122,6 +122,8 @@ def load_tokenizer(path: str | None, eos_token: str | None = None) -> Tokenizer:
 class TextStream:
     """Text of ids that come one at a time: every piece as soon as its characters are whole.
 
+    All pieces together are what `decode` makes of all ids, unless it takes back whole characters.
+
     Args:
         tokenizer: decodes them.
         ids: what comes before, a prompt say; its text is not repeated.
@@ -139,20 +141,38 @@ class TextStream:
         self._ids.append(int(token))
         self._pending += 1
         text = self._decode(self._ids)
-        # A last character that is not whole reads as the replacement character; four bytes make any.
-        if text.endswith("\ufffd") and self._pending < 4:
+        whole = _whole(text)
+        # Some tokenizers read all bytes in a row as replacement characters while the last ones make none.
+        if not whole.startswith(_whole(self._said)) and self._pending < _BYTES:
             return ""
-        return self._say(text)
+        return self._say(text, len(whole))
 
     def finish(self) -> str:
         """What is left, whole or not."""
-        return self._say(self._decode(self._ids))
+        text = self._decode(self._ids)
+        return self._say(text, len(text))
 
-    def _say(self, text: str) -> str:
-        new, self._pending = text[len(self._said) :], 0
-        self._ids = self._ids[-_CONTEXT:]
-        self._said = self._decode(self._ids)
+    def _say(self, text: str, end: int) -> str:
+        """The text up to there that was not said before."""
+        new, self._pending = text[len(self._said) : end], 0
+        self._said = text[: max(end, len(self._said))]
+        if len(self._ids) > 2 * _CONTEXT:
+            self._forget(text, len(text) - len(self._said))
         return new
+
+    def _forget(self, text: str, left: int) -> None:
+        """Drops ids long said, where the others alone read as they do among them: between characters."""
+        for count in range(_CONTEXT, _CONTEXT + _BYTES):
+            tail = self._decode(self._ids[-count:])
+            if text.endswith(tail) and len(tail) >= left:
+                self._ids, self._said = self._ids[-count:], tail[: len(tail) - left]
+                return
+
+
+def _whole(text: str) -> str:
+    """Text less what bytes to come may change: a character lacks three at most, each one read as U+FFFD."""
+    return text[: max(len(text.rstrip("\ufffd")), len(text) - (_BYTES - 1))]
 
 
 _CONTEXT = 8
+_BYTES = 4  # of a character, at most

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
 
 from deltajax import generate as command
 from deltajax.models import LanguageModel, generate, save_weights
 from deltajax.models.generate import Step
-from deltajax.tokenizer import ByteTokenizer, TextStream
+from deltajax.tokenizer import ByteTokenizer, FileTokenizer, TextStream
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,32 @@ def test_a_text_stream_is_the_text_decoded_at_once():
     assert "".join(pieces) == text[1:] and stream.finish() == "" and "\ufffd" not in "".join(pieces)
     broken = TextStream(ByteTokenizer())
     assert broken.push(0xF0) + broken.push(0x9F) == "" and broken.finish() == "\ufffd"
+
+
+def test_a_text_stream_of_any_bytes_is_the_text_decoded_at_once():
+    rng, tokenizer = np.random.default_rng(0), ByteTokenizer()
+    parts = [*"aé€😀".encode(), 0xFF, 0xF0, 0x98]
+    streams = [[226, 240, 152, 159, 159], *rng.choice(parts, (300, 40)), *rng.integers(0, 257, (100, 40))]
+    for ids in streams:
+        for start in (0, 7):
+            stream, before = TextStream(tokenizer, ids[:start]), tokenizer.decode(ids[:start])
+            said = "".join(stream.push(i) for i in ids[start:]) + stream.finish()
+            assert said == tokenizer.decode(ids)[len(before) :]
+
+
+def test_a_text_stream_of_tokens_that_are_bytes_is_the_text_decoded_at_once(tmp_path):
+    """Such a tokenizer reads bytes in a row as text only where all of them together are."""
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"ab": 256, "<eos>": 257}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(tmp_path / "t.json"))
+    tokenizer = FileTokenizer(tmp_path / "t.json")
+    text = "日本語😀" * 9
+    ids = [*text.encode(), 256, *text.encode()]
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) + stream.finish() == text + "ab" + text == tokenizer.decode(ids)
+    assert max(map(len, pieces)) == 2
 
 
 def damaged(path, tmp_path, change):
