@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from train.config import ConfigError, Layout, TrainConfig
+from train.config import ConfigError, Layout, MeshConfig, TrainConfig
 
 
 def check(config: TrainConfig) -> None:
@@ -20,10 +20,6 @@ def check(config: TrainConfig) -> None:
         "--sample.every": config.sample.every,
         "--checkpoint.every": config.checkpoint.every,
         "--checkpoint.keep": config.checkpoint.keep,
-        "--mesh.fsdp": config.mesh.fsdp,
-        "--mesh.expert": config.mesh.expert,
-        "--mesh.context": config.mesh.context,
-        "--mesh.tensor": config.mesh.tensor,
         "--mesh.join-within": config.mesh.join_within,
         "--mesh.lost-after": config.mesh.lost_after,
         "--log.every": config.log.every,
@@ -35,6 +31,7 @@ def check(config: TrainConfig) -> None:
         if not value > 0:
             raise ConfigError(f"argument {name}: must be positive, got {value}")
     _check_ranges(config)
+    check_mesh(config.mesh)
     check_layout(config.layout, config.mesh)
     optimizer = config.optimizer
     if optimizer.name == "adafactor" and optimizer.second_moment_dtype != "float32":
@@ -61,6 +58,15 @@ def check(config: TrainConfig) -> None:
             f"argument --optimizer.accumulate: {config.optimizer.accumulate} does not divide "
             f"--data.batch-size {config.data.batch_size}"
         )
+
+
+def check_mesh(mesh: MeshConfig) -> None:
+    """Raises ConfigError for sizes of mesh axes that cannot work."""
+    for name in ("fsdp", "expert", "context", "tensor"):
+        if (size := getattr(mesh, name)) < 1:
+            raise ConfigError(f"argument --mesh.{name}: must be positive, got {size}")
+    if mesh.data != -1 and mesh.data < 1:
+        raise ConfigError(f"argument --mesh.data: must be positive or -1, got {mesh.data}")
 
 
 def check_layout(layout: Layout, mesh: Any) -> None:

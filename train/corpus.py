@@ -118,7 +118,7 @@ def split_documents(documents: Sequence[Document], fraction: float) -> tuple[lis
     """Training and held-out documents.
 
     Whole documents are held out, those with the lowest checksum of their text: the choice depends neither on
-    order, nor on names, nor on a seed, and copies of a text stay together. A corpus of few different documents
+    order, nor on names, nor on a seed, and copies of a text stay together. A corpus of few different texts
     gives up the tail of each instead.
     """
     checksums = [zlib.crc32(d.text) for d in documents]

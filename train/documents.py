@@ -20,9 +20,8 @@ METADATA = "dataset.json"  # what makes a directory a prepared one; written last
 _STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _PARQUET_ROWS = 256  # read at a time
 _EXAMPLES = 3  # of skipped data, shown
-_NOT_TEXT = frozenset(
-    ".7z .arrow .bz2 .feather .gz .json .lz4 .ndjson .npy .npz .pdf .tar .tgz .xz .zip .zst".split()
-)
+_PACKED = {".7z", ".bz2", ".gz", ".lz4", ".tar", ".tgz", ".xz", ".zip", ".zst"}
+_NOT_TEXT = _PACKED | {".arrow", ".feather", ".json", ".ndjson", ".npy", ".npz", ".pdf"}
 _SNIFFED = 2**16  # bytes of a text file that are looked at first
 
 

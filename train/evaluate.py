@@ -53,6 +53,7 @@ def _evaluate(options, processes: "Processes") -> int:
     import jax
 
     from train.config import ConfigError
+    from train.config_checks import check_mesh
     from train.evaluation import Evaluation
     from train.mesh import ShardingRules, mesh_of
     from train.mixture import load_data, load_held_out
@@ -62,6 +63,7 @@ def _evaluate(options, processes: "Processes") -> int:
     for name, value in (("--batches", options.batches), ("--batch-size", options.batch_size)):
         if value is not None and value < 1:
             raise ConfigError(f"argument {name}: must be positive, got {value}")
+    check_mesh(options.mesh)
     processes.join(options.mesh)
     saved = open_saved(options.run_dir, options.step)
     config, rules = saved.options, ShardingRules()

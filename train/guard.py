@@ -1,6 +1,7 @@
 """What stands between a run and accidents: signals to stop, and two runs in one directory."""
 
 import fcntl
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -67,18 +68,31 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+def check_directory(directory: Path) -> None:
+    """Raises ConfigError for a run directory that is a file or plainly not ours to write, before any work."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"argument --run-dir: {directory} is a file")
+    if directory.exists() and not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"argument --run-dir: {directory} cannot be written")
+
+
 @contextmanager
-def only_run_in(directory: Path, doing: str = "training") -> Iterator[None]:
+def only_run_in(directory: Path, doing: str = "training", option: str = "--run-dir") -> Iterator[None]:
     """Holds a lock on a directory; the system lets go of it however the process ends.
 
     Args:
         directory: gets a file `lock`.
         doing: what is done there, for the message.
+        option: what names the directory.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or it cannot be written.
     """
-    with open(directory / "lock", "w") as file:
+    try:
+        file = open(directory / "lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(f"argument {option}: {directory} cannot be written ({error})") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -19,7 +19,7 @@ from train.config_dict import differing_fields, to_dict
 from train.data import Batch, train_batches
 from train.evaluation import Evaluation
 from train.failure import NonFiniteError, save_failure
-from train.guard import StopRequest, only_run_in, stop_on_signals
+from train.guard import StopRequest, check_directory, only_run_in, stop_on_signals
 from train.hard import HardBatches
 from train.layout import laid_out
 from train.mesh import ShardingRules, data_group, global_batch, mesh_of
@@ -68,8 +68,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
     processes.join(config.mesh)
     report = Report(enabled=processes.index == 0, every=config.log.every)
     directory = Path(config.run_dir or f"runs/{config.preset}")
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"argument --run-dir: {directory} is a file")
+    check_directory(directory)
     return execute(Run.build(config, directory, report, processes))
 
 

@@ -27,7 +27,7 @@ from train.documents import (
 from train.guard import only_run_in
 from train.prepared import Metadata
 from train.tokenizer import chosen_tokenizer
-from train.writer import DatasetWriter
+from train.writer import DatasetWriter, is_written
 
 # Longer text files are cut here (at line ends): a document and its tokens are held in memory.
 _MAX_TEXT_BYTES = 4 * 2**20
@@ -130,7 +130,8 @@ def partial_directory(out: Path) -> Iterator[Path]:
     """A directory beside `out` that takes its name if the block succeeds, and goes if it fails.
 
     Raises:
-        ConfigError: `out` exists or cannot be made, or another process is making it.
+        ConfigError: `out` exists or cannot be made, another process is making it, or what is there in its
+            stead was not made here.
     """
     if out.exists():
         raise ConfigError(f"argument --out: {out} exists; delete it or choose another")
@@ -139,9 +140,15 @@ def partial_directory(out: Path) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"argument --out: {partial} cannot be made ({error})") from error
-    with only_run_in(partial, "preparing data"):
+    # Only what a run that was killed may have left is cleared.
+    if foreign := sorted(x.name for x in partial.iterdir() if x.name != "lock" and not is_written(x)):
+        raise ConfigError(
+            f"argument --out: {partial} is in the way: it holds {foreign[0]}, which train.prepare did not "
+            "make; move it or choose another --out"
+        )
+    with only_run_in(partial, "preparing data", "--out"):
         try:
-            for left in partial.iterdir():  # by a run that was killed
+            for left in partial.iterdir():
                 if left.name != "lock":
                     left.unlink()
             yield partial

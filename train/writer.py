@@ -1,5 +1,6 @@
 """Writes a prepared directory (see `train.prepared` for what is in it), one document at a time."""
 
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -9,11 +10,19 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from deltajax.tokenizer import FileTokenizer, Tokenizer
 from train.corpus import Fingerprint, framed, token_dtype
-from train.documents import BadData, DataError, Document
+from train.documents import METADATA, BadData, DataError, Document
 from train.prepared import FORMAT, LENGTHS, SPLITS, TOKENIZER, Metadata, Shard, Split
 
 # A record is read alone, so it is compressed alone.
 _OPTIONS = "group_size:1,zstd:3"
+_NAMES = re.compile(
+    rf"({'|'.join(SPLITS)})(\.lengths|-\d+\.array_record)|{re.escape(TOKENIZER)}|{re.escape(METADATA)}"
+)
+
+
+def is_written(path: Path) -> bool:
+    """Whether this is a file of a name that `DatasetWriter` makes."""
+    return path.is_file() and _NAMES.fullmatch(path.name) is not None
 
 
 class _SplitWriter:

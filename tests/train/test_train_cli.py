@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -241,6 +242,15 @@ def test_two_runs_in_one_directory_are_refused(finished, tmp_path, capsys):
     with only_run_in(directory):
         assert main(args) == 2
     assert "another process is training in" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_is_named_before_any_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(options.ConfigError, match=r"argument --run-dir: .* cannot be written"):
+        only_run_in(tmp_path).__enter__()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    assert main(["--data.files", "none.txt", "--run-dir", str(tmp_path)]) == 2
+    assert f"argument --run-dir: {tmp_path} cannot be written" in capsys.readouterr().err
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_evidence(text, tmp_path, capsys):

@@ -168,6 +168,16 @@ def test_two_preparations_of_one_directory_are_refused(tmp_path, text):
             prepare(PrepareConfig(str(tmp_path / "out"), (str(text),)))
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "train-00000.array_record.bak", "folder/x"])
+def test_a_partial_directory_of_others_is_left_alone(tmp_path, text, name):
+    theirs = tmp_path / "out.partial" / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(ConfigError, match=rf"argument --out: .*out\.partial .*{name.partition('/')[0]}"):
+        prepare(PrepareConfig(str(tmp_path / "out"), (str(text),)))
+    assert theirs.read_text() == "mine"
+
+
 def split(documents, fraction):
     found = list(split_stream(documents, fraction))
     return [[d for s, d in found if s == name] for name in ("train", "held_out")]

@@ -157,6 +157,8 @@ def test_options_that_cannot_work_are_named(finished, tmp_path, capsys):
         ("--batches", "0"): "argument --batches: must be positive",
         ("--batch-size", "-1"): "argument --batch-size: must be positive",
         ("--mesh.fsdp", "64"): "needs 64 devices",
+        ("--mesh.context", "0"): "argument --mesh.context: must be positive",
+        ("--mesh.data", "-2"): "argument --mesh.data: must be positive or -1",
         ("--mesh.context", "3"): "argument --mesh.context: 3 does not divide",
         ("--files", "/nowhere/*.txt"): "data file not found",
     }.items():

@@ -14,6 +14,7 @@ from train.config import ConfigError, TrainConfig
 from train.config_checks import check
 from train.data import Batch
 from train.documents import BadData
+from train.guard import check_directory
 from train.loop import Run, execute
 from train.mesh import ShardingRules, data_group, global_batch, mesh_of
 from train.mixture import Data, Mixture, tokenizer_of
@@ -51,6 +52,7 @@ def tune(options: PreferenceOptions, processes: Processes) -> int:
     options.check()
     processes.join(options.mesh)
     directory = Path(options.run_dir)
+    check_directory(directory)
     saved = opened_base(options, directory)
     config = options.run_config(saved.options)
     check(config)
