@@ -57,6 +57,9 @@ class ModelOptions:
     """chunk of the delta-rule ops"""
     implementation: Literal["pallas", "chunked", "scan"] | None = None
     """backend of the delta-rule ops"""
+    attention_implementation: Literal["xla", "cudnn"] | None = None
+    """kernels of softmax attention: cuDNN's on NVIDIA GPUs by default, xla: none, cudnn: an error where they do
+    not run"""
 
 
 @dataclass(frozen=True)

@@ -368,6 +368,13 @@ def test_presets_may_be_spelt_with_dashes():
         assert options.parse([*args, "--run-dir", "a-b"]) == options.TrainConfig("tiny_kda", run_dir="a-b")
 
 
+def test_kernels_of_attention_are_chosen():
+    for name in ("xla", "cudnn"):
+        config = options.parse(["--preset", "tiny_kda_mla", "--model.attention-implementation", name])
+        assert options.model_config(config, 257).attention_implementation == name
+    assert options.model_config(options.TrainConfig(), 257).attention_implementation is None
+
+
 def test_missing_packages_are_told_in_one_line():
     code = "import sys; sys.modules[{!r}] = None; from train.__main__ import main; sys.exit(main([]))"
     for name, status in {"tyro": 2, "numpy": 1}.items():  # without NumPy not even the layers work
