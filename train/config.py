@@ -58,7 +58,7 @@ class ModelOptions:
     implementation: Literal["pallas", "chunked", "scan"] | None = None
     """backend of the delta-rule ops"""
     attention_implementation: Literal["xla", "cudnn"] | None = None
-    """kernels of softmax attention: cuDNN's on NVIDIA GPUs by default, xla: none, cudnn: an error where they do
+    """softmax attention: cuDNN's kernels where they run, by default; xla: none; cudnn: an error where they do
     not run"""
 
 
