@@ -15,6 +15,9 @@ from train.documents import BadData, DataError, expand, read_documents
 from train.prepared import open_prepared, prepared_tokenizer
 from train.tokenizer import chosen_tokenizer
 
+_WHOLE_TOKENS = 2**24  # up to here a corpus in memory is counted whole
+_PART_TOKENS = 2**16  # longer documents are sampled in parts
+
 
 @dataclass(frozen=True)
 class Group:
@@ -68,10 +71,11 @@ class Mixture:
     def sample(self, max_tokens: int) -> TokenStore:
         """Documents of about `max_tokens` tokens in all, drawn as the mixture weighs them.
 
-        A corpus in memory that is the whole mixture is returned as it is, whatever its size.
+        A corpus in memory that is the whole mixture is returned as it is, if counting it takes no more than
+        seconds.
         """
         stores = [store for group in self.groups for store in group.stores]
-        if len(stores) == 1 and isinstance(stores[0], TokenStore):
+        if len(stores) == 1 and isinstance(stores[0], TokenStore) and len(stores[0].tokens) <= _WHOLE_TOKENS:
             return stores[0]
         parts: list[np.ndarray] = []
         for group in self.groups:
@@ -83,15 +87,20 @@ class Mixture:
 
 
 def _drawn(store: Store, budget: float) -> list[np.ndarray]:
-    """Random documents of about `budget` tokens, all of them if they are not more."""
-    lengths = store.lengths
-    count = math.ceil(budget * len(lengths) / int(lengths.sum(dtype=np.int64)))
-    if count < len(lengths):
-        chosen = np.unique(np.random.default_rng(0).integers(0, len(lengths), size=count))
+    """Random documents (parts of long ones) of about `budget` tokens, all of them if they are not more."""
+    lengths = store.lengths.astype(np.int64)
+    ends = np.cumsum(-(-lengths // _PART_TOKENS))  # parts up to and with a document's last
+    count = math.ceil(budget * int(ends[-1]) / int(lengths.sum()))
+    if count < ends[-1]:
+        chosen = np.unique(np.random.default_rng(0).integers(0, ends[-1], size=count))
     else:
-        chosen = np.arange(len(lengths))
-    read = (store.read(int(i), 0, int(lengths[i])) for i in chosen)
-    return [tokens for tokens in read if tokens is not None]
+        chosen = np.arange(ends[-1])
+    parts = []
+    for document, part in zip(np.searchsorted(ends, chosen, side="right"), chosen, strict=True):
+        start = int(part - (ends[document - 1] if document else 0)) * _PART_TOKENS
+        stop = min(start + _PART_TOKENS, int(lengths[document]))
+        parts.append(store.read(int(document), start, stop))
+    return [tokens for tokens in parts if tokens is not None]
 
 
 @dataclass(frozen=True)

@@ -262,6 +262,16 @@ def test_sample_is_drawn_as_the_mixture_weighs():
     assert Mixture.of(a).sample(10) is a
 
 
+def test_sample_of_a_large_corpus_in_memory_is_drawn_too(monkeypatch):
+    monkeypatch.setattr("train.mixture._WHOLE_TOKENS", 10_000)
+    monkeypatch.setattr("train.mixture._PART_TOKENS", 100)
+    small, many, one = (numbered_store(lengths) for lengths in ((99,) * 100, (99,) * 1000, (10**6, 9)))
+    assert Mixture.of(small).sample(1000) is small
+    for store in (many, one):
+        tokens = Mixture.of(store).sample(1000).tokens
+        assert len(tokens) == pytest.approx(1000, rel=0.1) and len(set(tokens)) == len(tokens)
+
+
 def test_weights_are_normalised():
     assert weighted(["a", "b"]) == [(("a", "b"), 1.0)]
     assert weighted(["a@3", "b*.txt@1"]) == [(("a",), 0.75), (("b*.txt",), 0.25)]
