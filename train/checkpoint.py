@@ -81,6 +81,18 @@ def _in_any_process(yes: bool) -> bool:
     return bool(np.max(multihost_utils.process_allgather(np.array([yes]))))
 
 
+def _drop_damaged_losses(directory: Path) -> None:
+    """Orbax reads the losses of all checkpoints at once, and gives up on the first that it cannot read."""
+    if jax.process_index() == 0:
+        for path in directory.glob("*/metrics"):
+            try:
+                float(json.loads((path / "metrics").read_text())["eval_loss"])
+            except (OSError, ValueError, KeyError, TypeError):
+                shutil.rmtree(path)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged losses dropped")
+
+
 class CheckpointError(RuntimeError):
     """No checkpoint can be read; the message names the directory."""
 
@@ -103,6 +115,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int):
         self.directory = directory.absolute()
+        _drop_damaged_losses(self.directory)
 
         def eval_loss(metrics: dict[str, float]) -> float:
             return metrics["eval_loss"]

@@ -101,6 +101,15 @@ def test_no_checkpoints_means_a_new_run(tmp_path):
     assert restore(tmp_path / "c")[0] is None
 
 
+@pytest.mark.parametrize("how", ["removed", "cut"])
+def test_a_damaged_loss_is_none(tmp_path, how):
+    save(tmp_path / "c", [1.0, 3.0, 2.0])
+    damage(tmp_path / "c" / "1", "metrics", how)
+    assert int(restore(tmp_path / "c")[0].state.step) == 3
+    save(tmp_path / "c", [4.0, 5.0], first=4)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["3", "4", "5"]
+
+
 @pytest.mark.parametrize(
     "part,how",
     [*list(itertools.product(["state", "data", "config"], ["removed", "cut"])), ("state", "flipped")],
