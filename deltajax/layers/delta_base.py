@@ -15,9 +15,11 @@ from deltajax.layers.parameters import linear, parameter
 from deltajax.layers.projection import Projection
 from deltajax.layers.sharding import run_convolution, run_op, run_step
 from deltajax.ops import Gate, delta_rule, delta_rule_step, gated_delta_rule, kimi_delta_attention
+from deltajax.ops.checks import MAX_K, MAX_V, check_rank
 from deltajax.ops.gates import activate
 from deltajax.ops.packed_convolution import packed_convolution
 
+IMPLEMENTATIONS = ("pallas", "chunked", "scan", None)
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of the op's output, before norm and gate.
 OP_OUTPUT = "delta_rule_output"
 
@@ -92,6 +94,11 @@ class DeltaLayer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_sizes(num_heads=num_heads, num_v_heads=num_v_heads, head_dim=head_dim, head_v_dim=head_v_dim)
+        for name, size, most in (("head_dim", head_dim, MAX_K), ("head_v_dim", head_v_dim, MAX_V)):
+            if size > most:
+                raise ValueError(f"{name}={size}: expected at most {most}")
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation={implementation!r}: expected one of {IMPLEMENTATIONS}")
         if num_v_heads % num_heads:
             raise ValueError(f"num_v_heads={num_v_heads}: expected a multiple of num_heads={num_heads}")
         if conv_size < 2:
@@ -140,7 +147,7 @@ class DeltaLayer(nnx.Module):
           num_segments: static N: B = 1, and the row packs tokens of sequences 1..N, each together, which
             continue the N rows of `cache`.
           hold: return `NewDeltaTokens`, whose `keep` makes the cache after some of the tokens, instead of a
-            cache; rows are then of one segment, padding at their ends.
+            cache; rows are then of one segment, with padding behind it.
 
         Returns:
           y [B, T, D] in the compute dtype; `(y, cache)` when a cache is given.
@@ -148,6 +155,10 @@ class DeltaLayer(nnx.Module):
         Raises:
           TypeError, ValueError: on arguments of wrong shapes or that do not go together.
         """
+        check_rank("x", x, "B T D")
+        if x.shape[-1] != self.hidden_size or 0 in x.shape:
+            expected = f"[B, T, D] with D = {self.hidden_size} and at least one token"
+            raise ValueError(f"x must have shape {expected}, got {x.shape}")
         rows = None if cache is None else cache.state.shape[0]
         packed = packs_sequences(x.shape, segment_ids, num_segments, hold, rows)
         inputs, (q, k, v), convs = self._project(x, segment_ids, cache, packed)

@@ -98,6 +98,13 @@ def test_kernels_and_taps_start_at_the_initializer_range_and_each_draws_its_own(
         (GatedDeltaNet, dict(num_heads=0), r"num_heads=0: expected a positive integer"),
         (KimiDeltaAttention, dict(num_v_heads=0), r"num_v_heads=0: expected a positive integer"),
         (DeltaNet, dict(head_v_dim=0), r"head_v_dim=0: expected a positive integer"),
+        (GatedDeltaNet, dict(head_dim=300), r"head_dim=300: expected at most 256"),
+        (KimiDeltaAttention, dict(head_v_dim=600), r"head_v_dim=600: expected at most 512"),
+        (
+            DeltaNet,
+            dict(implementation="Scan"),
+            r"implementation='Scan': expected one of \('pallas', 'chunked'",
+        ),
         (DeltaNet, dict(num_v_heads=6), r"num_v_heads=6: expected a multiple of num_heads=4"),
         (DeltaNet, dict(conv_size=1), r"conv_size=1: expected at least 2"),
         (GatedDeltaNet, dict(head_dim=5, expand_v=1.5), r"expand_v=1.5: expected .* to be whole"),
@@ -107,3 +114,14 @@ def test_kernels_and_taps_start_at_the_initializer_range_and_each_draws_its_own(
 def test_layers_refuse_sizes_that_do_not_fit(cls, options, message):
     with pytest.raises(ValueError, match=message):
         cls(rngs=nnx.Rngs(0), **options)
+
+
+def test_inputs_that_do_not_fit_are_named():
+    layer = DeltaNet(hidden_size=8, num_heads=2, head_dim=4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"x must have 3 axes \[B, T, D\], got shape \(5, 8\)"):
+        layer(jnp.ones((5, 8)))
+    for shape in ((1, 5, 7), (0, 5, 8), (1, 0, 8)):
+        with pytest.raises(
+            ValueError, match=r"x must have shape \[B, T, D\] with D = 8 .*, got \(" + str(shape[0])
+        ):
+            layer(jnp.ones(shape))

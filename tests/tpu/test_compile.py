@@ -106,6 +106,12 @@ def test_small_shapes_compile_on_every_generation(topology, kind, mode):
     assert kernels(compiled.as_text()) == KERNELS[mode]
 
 
+def test_compiles_under_x64():
+    with jax.enable_x64(True):
+        compiled = compile_case(problem("kda bounded", T=130, H=2, HV=2), GRADIENT, "v5e:2x2")
+    assert kernels(compiled.as_text()) == KERNELS[GRADIENT]
+
+
 ACCEPTANCE = [  # in the default set: both modes once on each generation
     ("v5e:2x2", "kda unbounded", GRADIENT),
     ("v5p:2x2x1", "delta", GRADIENT),
