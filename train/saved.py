@@ -73,11 +73,8 @@ class Saved:
 def saved_steps(run_dir: Path) -> list[int]:
     """Steps of which a run has a complete checkpoint, in order."""
     directory = run_dir.absolute() / "checkpoints"
-    if not directory.is_dir():
-        return []
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(directory, options=options) as manager:
-        return sorted(manager.all_steps())
+    # Not by a manager, which reads the losses too and fails where one is damaged.
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
 def open_saved(run_dir: Path, step: int | None = None) -> Saved:
