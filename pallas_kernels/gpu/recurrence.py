@@ -22,6 +22,7 @@ from pallas_kernels.gpu import tiles
 from pallas_kernels.gpu.relations import BETA, DECAY, KEEP, KEY, OUT, READ
 from pallas_kernels.gpu.sides import Sides, scratch, sides_of, stages_of
 from pallas_kernels.gpu.tiles import CHUNK, COLUMN, ROW, L, columns, constant, rows, split, tile
+from pallas_kernels.gpu.walk_loads import Loads, Tiles, square_of
 from pallas_kernels.gpu.walks import SMALLEST, WIDTH, Chunks, Enter, Kept, Plan, joined, run_states
 
 
@@ -237,58 +238,27 @@ def _body(
     if spans_ref is not None:
         even, start, count = False, spans_ref[b, run, 0], spans_ref[b, run, 1]
 
-    def square_of(ring, slot):
-        return ring.at[slot] if slot is not None else ring
-
-    def by_sides(ref, at, to, slot, bar):
-        for i in range(sides.number):
-            plgpu.copy_gmem_to_smem(ref.at[*at, sides.channels(i)], sides.part(to, slot, i), bar)
-
-    def load_writes(c, slot, bar):
-        plgpu.copy_gmem_to_smem(chunks.solve.at[b, h, c], square_of(t_tile, slot), bar)
-        if channel:
-            by_sides(chunks.keys, (b, h, c, slice(None)), key_tile, slot, bar)
-            by_sides(chunks.decay, (b, h, c), decay_tile, slot, bar)
-
-    def load_chunk(i, slot):
-        c, bar = start + i, loaded.at[slot]
-        here = pl.ds(c * CHUNK, CHUNK)
-        of_chunk = (b, h, c, slice(None)) if channel else (b, here, h // group)
-
-        def load_v():
-            plgpu.copy_gmem_to_smem(v_ref.at[b, here, h, v_columns], v_tile.at[slot, of_block], bar)
-
-        if sides.number == 1:
-            load_v()
-
-        @pl.when(wg == 0)
-        def _shared():
-            if sides.number == 2:
-                load_v()
-            by_sides(chunks.reads, of_chunk, k_tile, slot, bar)
-            factors = chunks.factors.at[b, h, c, pl.ds(0, factor_tile.shape[1])]
-            plgpu.copy_gmem_to_smem(factors, factor_tile.at[slot], bar)
-            if late_loaded is None:
-                load_writes(c, slot, bar)
-            if outputs:
-                by_sides(chunks.queries, of_chunk, q_tile, slot, bar)
-                if late_loaded is None:
-                    plgpu.copy_gmem_to_smem(chunks.p.at[b, h, c], p_tile.at[slot], bar)
-
-    def load_late(i):
-        load_writes(start + i, None, late_loaded)
-        if outputs:
-            plgpu.copy_gmem_to_smem(chunks.p.at[b, h, start + i], p_tile, late_loaded)
+    loads = Loads(
+        chunks,
+        v_ref,
+        Tiles(k_tile, v_tile, t_tile, factor_tile, loaded, q_tile, p_tile, key_tile, decay_tile, late_loaded),
+        sides,
+        wg,
+        place=(b, h, h // group),
+        start=start,
+        of_block=of_block,
+        v_columns=v_columns,
+    )
 
     @pl.loop(0, min(ahead, per_run) if even else lax.min(ahead, count))
     def _first(i):
-        load_chunk(i, i)
+        loads.chunk(i, i)
 
     if late_loaded is not None:
 
         @pl.when((wg == 0) & (count > 0))
         def _first_late():
-            load_late(0)
+            loads.late(0)
 
     if state_ref is not None:
         S = plgpu.load(state_ref.at[b, run, h, mine, of_side], layout=L, optimized=False)
@@ -380,7 +350,7 @@ def _body(
             def _wait():
                 plgpu.barrier_wait(free.at[next_slot])
 
-            load_chunk(i + ahead, next_slot)
+            loads.chunk(i + ahead, next_slot)
 
         late_slot: Any = slot
         if late_loaded is not None:
@@ -453,7 +423,7 @@ def _body(
                 @pl.when(wg == 0)
                 def _next():
                     plgpu.barrier_wait(late_free)
-                    load_late(i + 1)
+                    loads.late(i + 1)
 
         if outputs and sides.number == 1:
             leave(o)
