@@ -83,6 +83,14 @@ def test_gradient_of_a_scan_over_layers_equals_the_unrolled_loop(x, implementati
     assert_trees_close(*(jax.grad(f, argnums=(0, 1, 2))(*args) for f in (scanned, unrolled)))
 
 
+def test_second_derivatives_of_the_chunked_form_are_the_scans(x):
+    def sizes(implementation):
+        found = jax.grad(lambda q: jnp.sum(gradients({**x, "q": q}, implementation)["v"] ** 2))
+        return jax.jit(found)(x["q"])
+
+    assert cases.relative_error(sizes("chunked"), sizes("scan")) < 1e-5
+
+
 @implementations
 def test_segment_ids_take_float0_cotangents(x, implementation):
     grads = jax.grad(loss, allow_int=True)(x, implementation)
