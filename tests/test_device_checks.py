@@ -6,6 +6,7 @@ import pytest
 from benchmarks import hopper, hopper_plans, op_times, problems
 from deltajax.ops import dispatch
 from tests import cases
+from tests.tpu.bounds import Direction
 
 CASE = "none-B4T1H2"  # one of the shared list, of one token
 
@@ -54,16 +55,17 @@ def test_op_times_holds_kernels_to_the_bounds_of_their_tests():
     case = cases.Case(
         "head", T=1000, K=64, V=64, keys="identical", beta_max=2.0, decay="zero", normalize=False
     )
-    errors, cosines = {"o": 2e-4, "dA_log": 0.5}, {"dA_log": 0.9995}
-    assert set(op_times.over("chunked", case, jnp.float32, errors, cosines)) == {"o", "dA_log"}
-    assert set(op_times.over("pallas", case, jnp.float32, errors, cosines)) == {"dA_log"}
+    errors, directions = {"o": 2e-4, "dA_log": 0.5}, {"dA_log": Direction(0.9995, 1.0)}
+    assert set(op_times.over("chunked", case, jnp.float32, errors, directions)) == {"o", "dA_log"}
+    assert set(op_times.over("pallas", case, jnp.float32, errors, directions)) == {"dA_log"}
     other = cases.Case("head", T=64, K=64, V=64)
-    assert set(op_times.over("pallas", other, jnp.float32, errors, cosines)) == {"o", "dA_log"}
-    assert not op_times.over("pallas", other, jnp.bfloat16, errors, cosines)
-    assert set(op_times.over("pallas", other, jnp.bfloat16, {"dg": 3e-2}, {"dA_log": 0.9})) == {
-        "dg",
-        "dA_log",
-    }
+    assert set(op_times.over("pallas", other, jnp.float32, errors, directions)) == {"o", "dA_log"}
+    assert not op_times.over("pallas", other, jnp.bfloat16, errors, directions)
+    for wrong in (Direction(0.9, 1.0), Direction(0.9995, 1.1)):
+        assert set(op_times.over("pallas", other, jnp.bfloat16, {"dg": 3e-2}, {"dA_log": wrong})) == {
+            "dg",
+            "dA_log",
+        }
 
 
 HOPPER = hopper.Options(check=True, only=(CASE,), repeats=1, shard=(0, 1))

@@ -11,23 +11,19 @@ from train.config import ConfigError
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration dataclass as JSON-ready nested dicts."""
+    return _ready(dataclasses.asdict(config))
 
-    def ready(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: ready(v) for k, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
 
-    return ready(dataclasses.asdict(config))
+def _ready(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _ready(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def model_defaults() -> dict[str, Any]:
     """The fields of a model's configuration that have a default, as `to_dict` gives them."""
-    fields = {x.name: x.default for x in dataclasses.fields(ModelConfig)}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in fields.items()
-        if value is not dataclasses.MISSING
-    }
+    fields = dataclasses.fields(ModelConfig)
+    return _ready({x.name: x.default for x in fields if x.default is not dataclasses.MISSING})
 
 
 def from_dict[C](cls: type[C], values: dict[str, Any]) -> C:

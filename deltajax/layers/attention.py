@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deltajax.layers.attention_blocks import Source
 from deltajax.layers.attention_cache import AttentionCache, NewTokens, layout_after
 from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
-from deltajax.layers.fused_attention import attend_own
+from deltajax.layers.fused_attention import attend_own, check_implementation
 from deltajax.layers.head_swap import (
     keys_by_heads,
     outputs_by_tokens,
@@ -22,7 +22,7 @@ from deltajax.layers.head_swap import (
 )
 from deltajax.layers.layout import Layout, causal_mask, layouts_on_axis, packs_sequences, without_padding
 from deltajax.layers.norm import RMSNorm
-from deltajax.layers.parameters import INITIALIZER_RANGE, linear
+from deltajax.layers.parameters import INITIALIZER_RANGE, check_sizes, linear
 from deltajax.layers.rotary import RotaryEmbedding, rotated_channels
 from deltajax.layers.sharding import run_attention
 from deltajax.layers.single_query import single_query_attention
@@ -95,17 +95,15 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name}={size}: expected a positive integer")
-        if implementation not in ("xla", "cudnn", None):
-            raise ValueError(f"implementation={implementation!r}: expected 'xla', 'cudnn' or None")
+        check_sizes(num_heads=num_heads, num_kv_heads=num_kv_heads)
+        check_implementation(implementation)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads}: expected a divisor of num_heads={num_heads}")
         if head_dim is None:
             if hidden_size % num_heads:
                 raise ValueError(f"hidden_size={hidden_size}: expected a multiple of num_heads={num_heads}")
             head_dim = hidden_size // num_heads
+        check_sizes(head_dim=head_dim)
         if window_size is not None and window_size < 1:
             raise ValueError(f"window_size={window_size}: expected at least 1, or None")
         self.num_heads = num_heads

@@ -1,6 +1,6 @@
 """What the three delta-rule layers share: projections, short convolutions, cache, output."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltajax.layers.layout import packs_sequences
 from deltajax.layers.norm import GatedRMSNorm, RMSNorm
-from deltajax.layers.parameters import linear, parameter
+from deltajax.layers.parameters import check_sizes, linear, parameter
 from deltajax.layers.projection import Projection
 from deltajax.layers.sharding import run_convolution, run_op, run_step
 from deltajax.ops import Gate, delta_rule, delta_rule_step, gated_delta_rule, kimi_delta_attention
+from deltajax.ops.api import Implementation
 from deltajax.ops.checks import MAX_K, MAX_V, check_rank
 from deltajax.ops.gates import activate
 from deltajax.ops.packed_convolution import packed_convolution
 
-IMPLEMENTATIONS = ("pallas", "chunked", "scan", None)
+IMPLEMENTATIONS = (*get_args(Implementation), None)
 # Name (of `jax.ad_checkpoint.checkpoint_name`) of the op's output, before norm and gate.
 OP_OUTPUT = "delta_rule_output"
 
@@ -299,13 +300,6 @@ class DeltaLayer(nnx.Module):
         if activation is None:
             return RMSNorm(self.head_v_dim, **options)
         return GatedRMSNorm(self.head_v_dim, activation=activation, **options)
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raises ValueError naming an argument that is no positive number."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size}: expected a positive integer")
 
 
 def value_head_size(head_dim: int, head_v_dim: int | None, expand_v: float) -> int:

@@ -7,8 +7,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from deltajax.layers.delta_base import DeltaLayer, check_sizes, value_head_size
-from deltajax.layers.parameters import INITIALIZER_RANGE
+from deltajax.layers.delta_base import DeltaLayer, value_head_size
+from deltajax.layers.parameters import INITIALIZER_RANGE, check_sizes
 from deltajax.ops import delta_rule
 
 

@@ -15,7 +15,7 @@ from deltajax.layers.expert_rows import Rows, add_up, take
 from deltajax.layers.parameters import INITIALIZER_RANGE, parameter
 from deltajax.layers.sharding import MatrixGradient, OpSharding, op_sharding
 from deltajax.ops.problem import vary_alike
-from deltajax.ops.refusal import in_32_bits, refuse, supporting
+from deltajax.ops.refusal import on_platforms, refuse, supporting
 
 Kernels = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
 _AXES = ("experts", "embed", "mlp"), ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
@@ -251,8 +251,8 @@ def _by_platform(half: str, implementation: str | None, x: Array, choice: Array,
     def without(x, *args):
         return branch(Rows, refuse(x, platforms, "layer of experts") if asked else x, *args)
 
-    kernels = {p: in_32_bits(partial(branch, expert_rows.KERNEL_ROWS[p])) for p in platforms}
-    return jax.lax.platform_dependent(x, choice, *args, default=without, **kernels)
+    kernels = {p: partial(branch, expert_rows.KERNEL_ROWS[p]) for p in platforms}
+    return on_platforms(x, choice, *args, default=without, kernels=kernels)
 
 
 def _products(kind, x, choice, weight, kernels, first) -> Float[Array, "B T D"]:

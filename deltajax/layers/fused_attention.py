@@ -27,6 +27,12 @@ class _Fused:
     call: cudnn_attention.Call
 
 
+def check_implementation(implementation: str | None) -> None:
+    """Raises ValueError for what `attend_own` does not know."""
+    if implementation not in ("xla", "cudnn", None):
+        raise ValueError(f"implementation={implementation!r}: expected 'xla', 'cudnn' or None")
+
+
 def attend_own(
     q: Float[Array, "B T H K"],
     arrays: tuple[Array, ...],

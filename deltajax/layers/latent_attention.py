@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from deltajax.layers.attention_blocks import Source, one_size
 from deltajax.layers.attention_cache import LatentCache, NewTokens, held, layout_after
 from deltajax.layers.blockwise import attend, blockwise_attention, many_logits
-from deltajax.layers.fused_attention import attend_own
+from deltajax.layers.fused_attention import attend_own, check_implementation
 from deltajax.layers.head_swap import (
     heads_of,
     outputs_by_tokens,
@@ -107,8 +107,7 @@ class LatentAttention(nnx.Module):
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r}: expected a positive integer")
-        if implementation not in ("xla", "cudnn", None):
-            raise ValueError(f"implementation={implementation!r}: expected 'xla', 'cudnn' or None")
+        check_implementation(implementation)
         if rope_theta is not None and qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={qk_rope_head_dim}: expected an even size, to be rotated")
         self.num_heads = num_heads

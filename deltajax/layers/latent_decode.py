@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from deltajax.layers.sharding import op_sharding
 from deltajax.ops import pallas_gpu
 from deltajax.ops.problem import vary_alike
-from deltajax.ops.refusal import in_32_bits
+from deltajax.ops.refusal import on_platforms
 from pallas_kernels.gpu.limits import CHUNK, SHARED_KEY
 
 PLATFORMS = ("cuda",)  # that programs may be lowered for with the kernel
@@ -95,8 +94,8 @@ def _attend(call: _Call, q: Array, latent: Array, length: Array) -> Array:
 
     @jax.custom_batching.custom_vmap
     def dispatched(q, latent, length):
-        branches = dict.fromkeys(call.platforms, in_32_bits(kernel))
-        return lax.platform_dependent(q, latent, length, default=call.plain, **branches)
+        kernels = dict.fromkeys(call.platforms, kernel)
+        return on_platforms(q, latent, length, default=call.plain, kernels=kernels)
 
     @dispatched.def_vmap
     def _many(n, batched, *given):  # a mapped axis joins the rows

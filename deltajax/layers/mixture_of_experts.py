@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deltajax.layers.experts import Experts
-from deltajax.layers.parameters import INITIALIZER_RANGE, linear, parameter
+from deltajax.layers.parameters import INITIALIZER_RANGE, check_sizes, linear, parameter
 from deltajax.layers.sharding import op_sharding
 from deltajax.layers.swiglu import SwiGLU
 
@@ -68,8 +68,7 @@ class MixtureOfExperts(nnx.Module):
         implementation: Literal["pallas"] | None = None,
         rngs: nnx.Rngs,
     ):
-        if intermediate_size < 1:
-            raise ValueError(f"intermediate_size={intermediate_size}: expected a positive integer")
+        check_sizes(intermediate_size=intermediate_size)
         if not 1 <= experts_per_token <= num_experts:
             raise ValueError(
                 f"experts_per_token={experts_per_token}: expected 1 to num_experts={num_experts}"

@@ -46,6 +46,13 @@ def named(init: nnx.Initializer, axes: Axes) -> nnx.Initializer:
     )
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError naming an argument that is no positive number."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size}: expected a positive integer")
+
+
 def parameter(init: nnx.Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike, rngs: nnx.Rngs):
     """A named `nnx.Param` of that shape, initialised from `rngs.params()`."""
     return nnx.Param(named(init, axes)(rngs.params(), shape, dtype))

@@ -44,8 +44,10 @@ def save_weights(path: str | Path, params: Any, config: ModelConfig, **about: st
         x = np.ascontiguousarray(x)
         for name, index in _names(where, config):
             tensors[name] = x if index is None else x[index, ...]
-    _replace(config_path(path), lambda scratch: scratch.write_text(config.to_json() + "\n"))
-    _replace(path, lambda scratch: save_file(tensors, scratch, metadata={"format": _FORMAT, **about}))
+    with replacing(config_path(path)) as new:
+        new.write_text(config.to_json() + "\n")
+    with replacing(path) as new:
+        save_file(tensors, new, metadata={"format": _FORMAT, **about})
 
 
 def load_weights(path: str | Path, **changes: Any) -> LanguageModel:
@@ -157,8 +159,13 @@ def _names(where: Any, config: ModelConfig) -> Iterator[tuple[str, int | None]]:
         yield ".".join(("layers", str(layer), *rest)), repeat
 
 
-def _replace(path: Path, write: Any) -> None:
-    # In a directory of its own, so that no other file has the name and the mode is a new file's.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file or a directory that takes the place of `path` in the end, if nothing fails.
+
+    In a directory of its own, so that nothing else has the name and the mode is a new file's.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        write(Path(scratch) / path.name)
-        os.replace(Path(scratch) / path.name, path)
+        new = Path(scratch) / path.name
+        yield new
+        os.replace(new, path)

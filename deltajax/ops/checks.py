@@ -29,10 +29,10 @@ def check_float(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be an array, got {type(x).__name__}")
     if x.dtype.name not in FLOATS:
         raise TypeError(f"{name} must have a floating dtype ({', '.join(FLOATS)}), got {x.dtype}")
-    _split_by_the_compiler(name, x)
+    _no_explicit_axes(name, x)
 
 
-def _split_by_the_compiler(name: str, x: Any) -> None:
+def _no_explicit_axes(name: str, x: Any) -> None:
     """With explicit axes every intermediate array would have to say how it is split."""
     sharding = jax.typeof(x).sharding
     explicit = {

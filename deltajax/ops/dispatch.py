@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from deltajax.ops import chunked, context, pallas_gpu, pallas_tpu, scan
 from deltajax.ops.problem import Inputs, Options, vary_alike
-from deltajax.ops.refusal import in_32_bits, refuse, supporting
+from deltajax.ops.refusal import in_32_bits, on_platforms, refuse, supporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +167,7 @@ def _by_platform(half: str, platforms: tuple[str, ...], fall_back: bool, options
         default = lambda inputs, *args: branch(None)(  # noqa: E731
             inputs._replace(q=refuse(inputs.q, platforms, "call")), *args
         )
-    return lax.platform_dependent(
-        inputs, *args, default=default, **{p: in_32_bits(branch(p)) for p in platforms}
-    )
+    return on_platforms(inputs, *args, default=default, kernels={p: branch(p) for p in platforms})
 
 
 def _saved_shapes(kernel: Kernel, inputs: Inputs, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deltajax.ops import context, gates, packing, segments
-from deltajax.ops.problem import Inputs, Options, vary_like
+from deltajax.ops.problem import Inputs, Options, float64_argument, vary_like
 from pallas_kernels.gpu.limits import ABSENT, CHUNK, MIN_LOG_DECAY, PRESENT, RESET
 
 HEAD_SIZES = (64, 128, 256)  # K; others are filled up with zeros
@@ -24,10 +24,8 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
     dtypes = {x.dtype for x in (inputs.q, inputs.k, inputs.v)}
     if len(dtypes) != 1 or not dtypes <= set(HALF):
         return f"q, k and v must be all bfloat16 or all float16, got {', '.join(sorted(map(str, dtypes)))}"
-    for name in ("g", "beta", "A_log", "dt_bias", "initial_state"):
-        x = getattr(inputs, name)
-        if x is not None and x.dtype == jnp.float64:
-            return f"{name} must not be float64"
+    if reason := float64_argument(inputs, "g", "beta", "A_log", "dt_bias", "initial_state"):
+        return reason
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size is {CHUNK}, got {options.chunk_size}"
     return other_gpu()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deltajax.ops import gates, packing, segments
-from deltajax.ops.problem import Inputs, Options
+from deltajax.ops.problem import Inputs, Options, float64_argument
 from pallas_kernels.tpu import config as kernel_config
 from pallas_kernels.tpu.config import Blocks, Config
 
@@ -43,10 +43,8 @@ def unsupported(inputs: Inputs, options: Options) -> str | None:
         x = getattr(inputs, name)
         if x is not None and x.dtype not in (jnp.bfloat16, jnp.float32):
             return f"{name} must be bfloat16 or float32, got {x.dtype}"
-    for name in ("A_log", "dt_bias", "initial_state"):
-        x = getattr(inputs, name)
-        if x is not None and x.dtype == jnp.float64:
-            return f"{name} must not be float64"
+    if reason := float64_argument(inputs, "A_log", "dt_bias", "initial_state"):
+        return reason
     if options.chunk_size not in (None, CHUNK):
         return f"chunk_size must be {CHUNK} or None, got {options.chunk_size}"
     return None

@@ -60,6 +60,15 @@ def compute_dtype(inputs: Inputs) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
 
+def float64_argument(inputs: Inputs, *names: str) -> str | None:
+    """What to say of the first of these arguments that is float64, as no kernel takes it; None if none is."""
+    for name in names:
+        x = getattr(inputs, name)
+        if x is not None and x.dtype == jnp.float64:
+            return f"{name} must not be float64"
+    return None
+
+
 def vary_alike(*arrays: Array | None) -> tuple[Any, ...]:
     """Makes arrays inside a `jax.shard_map` vary over the same mesh axes: all that any of them varies over.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
@@ -12,6 +13,10 @@ from jaxtyping import Array
 _refuse = Primitive("deltajax_refuse")
 _refuse.def_abstract_eval(lambda x, message: x)
 batching.defvectorized(_refuse)
+
+
+class NoKernelError(NotImplementedError):
+    """Kernels were asked for and there is none for the call, or for the platform."""
 
 
 def supporting(reasons: Mapping[str, str | None], *, asked: bool, what: str) -> tuple[str, ...]:
@@ -23,12 +28,12 @@ def supporting(reasons: Mapping[str, str | None], *, asked: bool, what: str) -> 
       what: "call" or "step", for the error.
 
     Raises:
-      NotImplementedError: kernels were asked for and none takes the call.
+      NoKernelError: kernels were asked for and none takes the call.
     """
     platforms = tuple(sorted(platform for platform, reason in reasons.items() if reason is None))
     if asked and not platforms:
         why = "; ".join(f"{p}: {reason}" for p, reason in reasons.items()) or "no platform has one yet"
-        raise NotImplementedError(f"implementation='pallas' has no kernel for this {what} ({why})")
+        raise NoKernelError(f"implementation='pallas' has no kernel for this {what} ({why})")
     return platforms
 
 
@@ -46,6 +51,12 @@ def in_32_bits(branch: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def on_platforms(*args: Any, default: Callable[..., Any], kernels: Mapping[str, Callable[..., Any]]) -> Any:
+    """The kernel of the platform that the program is lowered for, on ``args``, or else ``default``."""
+    branches = {platform: in_32_bits(kernel) for platform, kernel in kernels.items()}
+    return lax.platform_dependent(*args, default=default, **branches)
+
+
 def refuse(x: Array, platforms: tuple[str, ...], what: str) -> Array:
     """x; lowering it is an error that names the platforms with kernels: a branch for all others."""
     message = f"implementation='pallas' has a kernel for this {what} on {', '.join(platforms)} only"
@@ -54,7 +65,7 @@ def refuse(x: Array, platforms: tuple[str, ...], what: str) -> Array:
 
 def _refuse_lowering(ctx, x, *, message):
     platforms = ", ".join(ctx.module_context.platforms)
-    raise NotImplementedError(f"{message}; this program is lowered for {platforms}")
+    raise NoKernelError(f"{message}; this program is lowered for {platforms}")
 
 
 mlir.register_lowering(_refuse, _refuse_lowering)

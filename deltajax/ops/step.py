@@ -5,13 +5,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from deltajax.ops import checks, gates, step_kernels
 from deltajax.ops.gates import Gate
 from deltajax.ops.problem import l2_normalize, vary_alike
-from deltajax.ops.refusal import in_32_bits, refuse, supporting
+from deltajax.ops.refusal import on_platforms, refuse, supporting
 from deltajax.ops.scan import decay_of, delta_update
 from deltajax.ops.step_kernels import StepInputs, StepOptions
 
@@ -111,7 +110,7 @@ def _by_platform(
 
     @step_kernels.vmapped_as_one
     def dispatched(inputs):
-        return lax.platform_dependent(inputs, default=plain, **{p: in_32_bits(kernel(p)) for p in platforms})
+        return on_platforms(inputs, default=plain, kernels={p: kernel(p) for p in platforms})
 
     return dispatched(inputs)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from deltajax.ops import taps_gpu
 from deltajax.ops.problem import vary_alike
-from deltajax.ops.refusal import in_32_bits, refuse, supporting
+from deltajax.ops.refusal import on_platforms, refuse, supporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +144,8 @@ def _choose(half: str, choice: tuple, x: Array, *args) -> Any:
     default = branch(by_xla)
     if not fall_back:
         default = lambda x, *args: branch(by_xla)(refuse(x, platforms, "call"), *args)  # noqa: E731
-    kernels = {p: in_32_bits(branch(getattr(KERNELS[p], half))) for p in platforms}
-    return lax.platform_dependent(x, *args, default=default, **kernels)
+    kernels = {p: branch(getattr(KERNELS[p], half)) for p in platforms}
+    return on_platforms(x, *args, default=default, kernels=kernels)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -101,9 +101,8 @@ class ChannelProducts:
         factors = []
         for half in halves:
             border = plgpu.load(self.G_tile.at[NEAR - 1, pl.ds(half * HALF, HALF)], layout=COLUMN)
-            later = rows(
-                jnp.where(self.line < NEAR, -1.0, 1.0), _SQUARE
-            )  # else it is the border that is later
+            # 1 where the token is later than the border, else -1.
+            later = rows(jnp.where(self.line < NEAR, -1.0, 1.0), _SQUARE)
             d = rowwise.gather(self._G(half), self.line, HALF) * later - columns(border, _SQUARE) * later
             factors.append(jnp.exp2(d).astype(jnp.float16))
         kf = [plgpu.load(self.k_tile[half], layout=L) * factors[half] for half in halves]

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from deltajax.models.huggingface.configs import from_hf, to_hf
 from deltajax.models.huggingface.files import Checkpoint, Pending, opened, write
 from deltajax.models.huggingface.names import Entry, entries, ignored
 from deltajax.models.language_model import LanguageModel
+from deltajax.models.weights import replacing
 
 _NAMED = 10  # tensors that one message names
 CONFIG = "config.json"
@@ -96,12 +96,10 @@ def save_pretrained(
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path}: expected no such path, or an empty directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        new = Path(scratch) / path.name  # the directory around it is closed to others
+    with replacing(path) as new:
         new.mkdir()
         write(new, list(_pending(model, fields["model_type"])), max_shard_bytes)
         (new / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-        new.replace(path)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
